@@ -1,0 +1,1 @@
+"""Classroom: how the course reaches people: running chapters, the command line."""

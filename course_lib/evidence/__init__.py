@@ -1,0 +1,1 @@
+"""Evidence: how we know: numbers, intervals, pictures."""

@@ -1,0 +1,1 @@
+"""Lab: the bench: data, models, training, many replicas at once."""
