@@ -34,7 +34,7 @@ def test_encodings_have_names():
     assert encoding_name(encode_array(eight, True)) in ("integers, raw", "integers, codebook")
     assert encoding_name(encode_array(two, True)) in ("integers, codebook", "integers, sparse")
     assert encoding_name(encode_array(patterns(weight), True)) == "raw"
-    assert encoding_name(encode_array(patterns(weight * (weight > 1.0)), True)) == "sparse"
+    assert encoding_name(encode_array(patterns(weight.masked_fill(weight < 1, 0)), True)) == "sparse"
     assert encoding_name(encode_array(patterns(weight.sign()), True)) in ("codebook", "integers, codebook")
 
 
