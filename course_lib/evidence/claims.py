@@ -8,6 +8,7 @@ __all__ = ["MIME", "Claim", "ClaimFailed", "Ledger"]
 MIME = "application/vnd.compression-course.claims+json"
 DEFAULT_DATASET = "digits"
 DEFAULT_PROFILE = "quick"
+MARKS = {"holds": "✓ holds", "fails": "✗ fails", "not here": "– does not hold here"}
 
 
 class ClaimFailed(AssertionError):
@@ -31,6 +32,11 @@ class Claim:
     dataset: str
     profile: str
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<p><b>{MARKS[self.status]}</b> · {html.escape(self.sentence)} <i>({html.escape(self.measured)})</i></p>"
+        )
 
 
 class Ledger:
@@ -104,9 +110,8 @@ class Ledger:
         return "\n".join(f"{c.status:8} {c.id:{width}}  {c.sentence}  [{c.measured}]" for c in self.claims)
 
     def _repr_html_(self) -> str:
-        marks = {"holds": "✓ holds", "fails": "✗ fails", "not here": "– does not hold here"}
         rows = "".join(
-            f"<tr><td style='text-align:left;white-space:nowrap'>{marks[c.status]}</td>"
+            f"<tr><td style='text-align:left;white-space:nowrap'>{MARKS[c.status]}</td>"
             f"<td style='text-align:left'><code>{html.escape(c.id)}</code></td>"
             f"<td style='text-align:left'>{html.escape(c.sentence)}</td>"
             f"<td style='text-align:left'>{html.escape(c.measured)}{' (' + c.note + ')' if c.note else ''}</td></tr>"

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-__all__ = ["COLORS", "band", "interval_bars", "show", "use_style"]
+__all__ = ["COLORS", "band", "dots", "family_tree", "interval_bars", "show", "use_style"]
 
 COLORS = {
     "black": "#000000",
@@ -90,3 +90,38 @@ def interval_bars(ax, labels, intervals, *, colors=None) -> None:
         ax.plot([interval.mean], [row], "o", color=color, markersize=7)
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def dots(ax, values, *, color: str = COLORS["blue"]) -> None:
+    """Draw each of ``values`` as a dot over the x axis, equal ones stacked: a histogram that hides nothing."""
+    places, counts = np.unique(np.round(np.asarray(values, dtype=float), 6), return_counts=True)
+    for place, count in zip(places, counts, strict=True):
+        ax.plot([place] * count, range(1, count + 1), "o", color=color, markersize=8)
+    ax.set_ylim(0, counts.max() + 1)
+
+
+def family_tree(root: str, branches: dict[str, tuple[str, list[str]]], note: str):
+    """Draw ``root`` with one branch a key of ``branches`` → (colour name, two leaves), and ``note`` below; a figure."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(9.5, 4.2))
+    ax.set(xlim=(0, 12), ylim=(0.2, 4.6))
+    ax.axis("off")
+
+    def box(x: float, y: float, text: str, color: str) -> None:
+        look = {"boxstyle": "round,pad=0.4", "facecolor": COLORS[color], "edgecolor": "none", "alpha": 0.35}
+        ax.text(x, y, text, ha="center", va="center", fontsize=9.5, bbox=look)
+
+    def line(start: tuple[float, float], end: tuple[float, float]) -> None:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-", "color": "0.5"})
+
+    box(6.0, 4.2, root, "grey")
+    centres = np.linspace(0, 12, 2 * len(branches) + 1)[1::2]
+    for x, (text, (color, leaves)) in zip(centres, branches.items(), strict=True):
+        line((6.0, 3.95), (x, 3.15))
+        box(x, 2.8, text, color)
+        for dx, leaf in zip(np.linspace(-1, 1, len(leaves)), leaves, strict=True):
+            line((x, 2.45), (x + dx, 1.75))
+            box(x + dx, 1.4, leaf, color)
+    ax.text(6.0, 0.5, note, ha="center", fontsize=10, style="italic")
+    return figure

@@ -17,6 +17,8 @@ class Interval:
 
     >>> f"{Interval(0.9712, 0.9688, 0.9736, 0.95, 8):.1%}"
     '97.1 ± 0.2 %'
+    >>> f"{Interval(0.3, 0.1, 0.5, 0.95, 8):+.1f}"
+    '+0.3 ± 0.2'
     """
 
     mean: float
@@ -36,9 +38,10 @@ class Interval:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".3g"
+        plain = spec.lstrip("+")
         if spec.endswith("%"):
-            return f"{100 * self.mean:{spec[:-1]}f} ± {100 * self.half_width:{spec[:-1]}f} %"
-        return f"{self.mean:{spec}} ± {self.half_width:{spec}}"
+            return f"{100 * self.mean:{spec[:-1]}f} ± {100 * self.half_width:{plain[:-1]}f} %"
+        return f"{self.mean:{spec}} ± {self.half_width:{plain}}"
 
     def __str__(self) -> str:
         return format(self)
@@ -94,7 +97,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 
     first, second = _flat(a), _flat(b)
     if first.shape != second.shape:
         raise ValueError(
-            f"a pair needs both halves: {len(first)} and {len(second)} values; give the same seeds to both, in one order"
+            f"{len(first)} and {len(second)} values do not make pairs: give the same seeds to both, in one order"
         )
     return mean_interval(first - second, level=level, method=method)
 
@@ -127,7 +130,9 @@ def _checked(values: Sequence[float], level: float) -> np.ndarray:
     if len(data) < 2:
         raise ValueError(f"an interval needs at least two values, got {len(data)}: one seed says nothing")
     if not np.isfinite(data).all():
-        raise ValueError(f"every value must be finite, got {data[~np.isfinite(data)][0]} at {np.argmin(np.isfinite(data))}")
+        raise ValueError(
+            f"every value must be finite, got {data[~np.isfinite(data)][0]} at {np.argmin(np.isfinite(data))}"
+        )
     _check_level(level)
     return data
 
