@@ -1,44 +1,36 @@
 """Bringing a data set's files under the root folder: found as they are, or fetched, verified and moved in whole.
 
-torchvision does the downloading, into a temporary folder inside the root and under a file lock. What arrives is checked
-and hashed before it is moved, so that the root never holds half a file, whoever pulls the plug and when.
+Files are fetched into a temporary folder inside the root, under a file lock. What arrives is checked and hashed before
+it is moved, so that the root never holds half a file, whoever pulls the plug and when.
 """
 
 import contextlib
-import errno
 import hashlib
-import io
 import os
 import re
 import shutil
-import socket
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 from course_lib.lab.formats import DamagedFile, DataError, read_file
+from course_lib.lab.network import NO_SPACE, call_again, fetch_files
 from course_lib.lab.sources import RawData, Source
 
-__all__ = ["LOCK_TIMEOUT_S", "NETWORK_TIMEOUT_S", "RECORD", "obtain"]
+__all__ = ["LOCK_TIMEOUT_S", "RECORD", "obtain"]
 
 RECORD = "course-sha256.txt"
 """The file beside the extracted ones that holds their SHA-256, in the format of ``sha256sum``."""
 
-NETWORK_TIMEOUT_S = 10.0
-"""How long one answer of a server may take; torchvision itself would wait for ever."""
-
 LOCK_TIMEOUT_S = 1800.0
 """How long to wait for another process that fetches the same data set."""
 
-_NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_LOCAL = _NO_SPACE | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EIO}
-# The socket timeout and the standard error stream belong to the whole process, so one download at a time.
-_PROCESS = threading.Lock()
+_ELSEWHERE = (
+    "A folder of your own: pass root=, or set COURSE_DATA (unset, it is your cache folder). "
+    "No files needed: load_dataset('digits')."
+)
 
 
 @dataclass(frozen=True)
@@ -60,14 +52,14 @@ def obtain(source: Source, root: Path, *, download: bool) -> RawData:
     try:
         parts = _find(source, root)
     except OSError as error:
-        raise DataError(f"{source.name} could not be read from {root}: {error}. {_elsewhere(source)}") from error
+        raise DataError(f"{source.name} could not be read from {root}: {error}. {_ELSEWHERE}") from error
     missing = _missing(source, parts)
     if not missing:
         return _assemble(source, parts)
     if not download:
         raise DataError(
             f"{source.name} is not complete in {root / source.folder}: {', '.join(missing)} missing. "
-            f"Call {_call(source)} to fetch what is missing, or copy the files there. {_elsewhere(source)}"
+            f"Call {call_again(source)} to fetch what is missing, or copy the files there. {_ELSEWHERE}"
         )
     try:
         return _fetch(source, root)
@@ -75,23 +67,12 @@ def obtain(source: Source, root: Path, *, download: bool) -> RawData:
         raise _cannot_write(source, root, error) from error
 
 
-def _call(source: Source) -> str:
-    return f"load_dataset({source.name!r}, download=True)"
-
-
-def _elsewhere(source: Source) -> str:
-    return (
-        "A folder of your own: pass root=, or set COURSE_DATA (unset, it is your cache folder). "
-        "No files needed: load_dataset('digits')."
-    )
-
-
 def _cannot_write(source: Source, root: Path, error: OSError) -> DataError:
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         what = f"there is no space for it there (about {source.megabytes} MB): {error}. Free some space and call again."
     else:
         what = f"that folder cannot be written: {error}. Ask the person who keeps it to add {source.name}."
-    return DataError(f"{source.name} is not in {root}, and {what} {_elsewhere(source)}")
+    return DataError(f"{source.name} is not in {root}, and {what} {_ELSEWHERE}")
 
 
 @contextlib.contextmanager
@@ -107,7 +88,7 @@ def _missing(source: Source, parts: Mapping[str, _Part]) -> list[str]:
 
 
 def _assemble(source: Source, parts: Mapping[str, _Part]) -> RawData:
-    with _advice(f"Delete the file that is wrong and call {_call(source)} again."):
+    with _advice(f"Delete the file that is wrong and call {call_again(source)} again."):
         values = {name: part.value for name, part in parts.items()}
         return source.assemble(values, {name: part.shown for name, part in parts.items()})
 
@@ -124,7 +105,9 @@ def _find(source: Source, root: Path) -> dict[str, _Part]:
             what = f"{above} is not a folder, and {source.name} should be in {folder}"
             raise DataError(f"{what}. Delete or rename it, or pass another root=.")
     parts: dict[str, _Part] = {}
-    with _advice(f"Delete it and call {_call(source)} again: what is missing is fetched, nothing else is touched."):
+    with _advice(
+        f"Delete it and call {call_again(source)} again: what is missing is fetched, nothing else is touched."
+    ):
         recorded = _read_record(folder)
         for name in source.required + source.optional:
             path = folder / name
@@ -166,10 +149,12 @@ def _fetch(source: Source, root: Path) -> RawData:
         missing = _missing(source, parts)
         if not missing:
             return _assemble(source, parts)
-        address = _download(source, stage, missing)
+        address = fetch_files(source, stage, missing)
         arrived = {name: stage / source.folder / name for name in source.required + source.optional}
         arrived = {name: path for name, path in arrived.items() if path.is_file()}
-        with _advice(f"Nothing was kept. Delete what differs, or try another mirror, then call {_call(source)} again."):
+        with _advice(
+            f"Nothing was kept. Delete what differs, or try another mirror, then call {call_again(source)} again."
+        ):
             shown = {name: f"{name} from {address}" for name in arrived}
             more = {name: _parse(source, name, path.read_bytes(), shown[name]) for name, path in arrived.items()}
             new = [name for name in more if name not in parts]
@@ -199,7 +184,7 @@ def _exclusive(source: Source, root: Path) -> Iterator[Path]:
         lock.acquire()
     except Timeout:
         waited = f"another process has been fetching {source.name} into {root} for {LOCK_TIMEOUT_S / 60:.0f} minutes"
-        raise DataError(f"{waited}. Wait for it or end it, then call {_call(source)} again.") from None
+        raise DataError(f"{waited}. Wait for it or end it, then call {call_again(source)} again.") from None
     try:
         for left in root.glob(f".{source.name}-partial-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -233,63 +218,3 @@ def _install(files: list[Path], folder: Path) -> None:
             for above in made:
                 above.rmdir()
         raise
-
-
-def _download(source: Source, stage: Path, missing: list[str]) -> str:
-    """Let torchvision fetch the missing files into the stage, address by address; returns the one that served."""
-    import torchvision.datasets
-
-    dataset = getattr(torchvision.datasets, source.torchvision_name)
-    mirror = os.environ.get("COURSE_MIRROR", "").rstrip("/") or None
-    problems = []
-    for address, only in source.attempts(dataset, missing, mirror):
-        # Its constructor would also load the data, which is read from the files here; a subclass of the same name
-        # keeps torchvision's folder and its own class untouched.
-        single = type(dataset.__name__, (dataset,), only)
-        fetcher = single.__new__(single)
-        fetcher.root = str(stage)
-        try:
-            with _PROCESS, _network_timeout(), _quiet():
-                fetcher.download()
-            return address
-        except Exception as error:  # torchvision lets pass whatever urllib, http, gzip and tarfile raise
-            if isinstance(error, OSError) and not isinstance(error, URLError) and error.errno in _LOCAL:
-                raise
-            problems.append(f"  {address}: {_reason(error)}")
-            cause = error
-    if not problems:
-        problems, cause = ["  no address to fetch it from"], None
-    mend = "unset COURSE_MIRROR to use the published addresses" if mirror else "set COURSE_MIRROR to one that you reach"
-    raise DataError(
-        f"{source.name} could not be downloaded; nothing was changed.\n" + "\n".join(problems) + "\n"
-        f"Check the network and call {_call(source)} again; or copy {', '.join(source.archives)} into "
-        f"{stage.parent}; or {mend}. Without a network: load_dataset('digits')."
-    ) from cause
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"^Error downloading (\S+): Tried \S+,? got: ", r"\1: ", text)
-    if isinstance(error, TimeoutError):
-        text = f"no answer for {NETWORK_TIMEOUT_S:g} s ({text})"
-    return text.replace("File not found or corrupted.", "arrived damaged or incomplete (its MD5 is not the expected)")
-
-
-@contextlib.contextmanager
-def _network_timeout() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT_S)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _quiet() -> contextlib.AbstractContextManager:
-    """torchvision's progress bars for a person who watches, in a terminal or a notebook, and silence otherwise."""
-    unattended = os.environ.get("CI") or os.environ.get("COURSE_UNATTENDED")
-    terminal = getattr(sys.stderr, "isatty", bool)()
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not unattended and (terminal or hasattr(shell, "kernel")):
-        return contextlib.nullcontext()
-    return contextlib.redirect_stderr(io.StringIO())

@@ -1,0 +1,274 @@
+import numpy as np
+import pytest
+import torch
+from data_files import IDX_NAMES, cifar_files, idx_arrays, idx_bytes, idx_files, write
+
+from course_lib.lab.data import DATASETS, DataError, Split, load_dataset
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    write(tmp_path / "MNIST/raw", idx_files(train=200, test=30))
+    return tmp_path
+
+
+def pixels(splits, part):
+    """The original pixels of a part, in [0, 1]."""
+    shape = (1, -1, 1, 1)
+    return part.images * torch.tensor(splits.std).view(shape) + torch.tensor(splits.mean).view(shape)
+
+
+def rows(part, splits, scale=255):
+    return [tuple(row) for row in pixels(splits, part).mul(scale).round().long().flatten(1).tolist()]
+
+
+def test_digits_are_the_embedded_ones():
+    from sklearn.datasets import load_digits
+
+    data = load_dataset()
+    assert [len(part) for part in (data.train, data.val, data.test)] == [1257, 270, 270]
+    assert (data.name, data.input_shape, data.num_classes) == ("digits", (1, 8, 8), 10)
+    assert data.class_names == tuple("0123456789")
+    for part in (data.train, data.val, data.test):
+        assert part.images.dtype == torch.float32
+        assert part.labels.dtype == torch.int64
+        shares = torch.bincount(part.labels, minlength=10) / len(part)
+        torch.testing.assert_close(shares, torch.full((10,), 0.1), atol=0.006, rtol=0)
+    bunch = load_digits()
+    expected = sorted((*map(int, row), int(label)) for row, label in zip(bunch.data, bunch.target, strict=True))
+    together = [
+        (*row, label)
+        for part in (data.train, data.val, data.test)
+        for row, label in zip(rows(part, data, 16), part.labels.tolist(), strict=True)
+    ]
+    assert sorted(together) == expected
+
+
+def test_a_seed_decides_the_split():
+    one, same, other = load_dataset(seed=3), load_dataset(seed=np.int64(3)), load_dataset(seed=4)
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(one, part).images, getattr(same, part).images)
+        assert torch.equal(getattr(one, part).labels, getattr(same, part).labels)
+        assert not torch.equal(getattr(one, part).images, getattr(other, part).images)
+
+
+def test_nothing_is_shared_between_calls():
+    first = load_dataset()
+    for part in (first.train, first.val, first.test):
+        part.images.zero_()
+        part.labels.zero_()
+    again = load_dataset()
+    assert again.train.images.std() > 0.9
+    assert again.val.labels.unique().numel() == again.test.labels.unique().numel() == 10
+
+
+def test_normalisation_is_fitted_on_train_only(tmp_path):
+    arrays = idx_arrays(train=200, test=50)
+    arrays["train-images-idx3-ubyte"] //= 4  # test is far brighter, so that using it would show
+    write(tmp_path / "MNIST/raw", {name: idx_bytes(array) for name, array in arrays.items()})
+    data = load_dataset("mnist", root=tmp_path)
+    torch.testing.assert_close(data.train.images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.train.images.std(unbiased=False), torch.tensor(1.0), atol=1e-5, rtol=0)
+    assert data.test.images.mean() > 3
+    assert isinstance(data.mean, tuple)
+    assert isinstance(data.std, tuple)
+
+    # Change every image that is not in train: mean and std must stay as they are, to the last bit.
+    chosen = set(rows(data.train, data))
+    train = arrays["train-images-idx3-ubyte"]
+    outside = [row for row, image in enumerate(train) if tuple(image.ravel().tolist()) not in chosen]
+    assert len(outside) == len(data.val) == 20
+    train[outside] = 255
+    arrays["t10k-images-idx3-ubyte"][:] = 0
+    write(tmp_path / "MNIST/raw", {name: idx_bytes(array) for name, array in arrays.items()})
+    changed = load_dataset("mnist", root=tmp_path)
+    assert (changed.mean, changed.std) == (data.mean, data.std)
+    assert torch.equal(changed.train.images, data.train.images)
+    assert not torch.equal(changed.val.images, data.val.images)
+
+
+def test_official_test_set_stays_test_and_a_tenth_of_train_is_validation(mnist):
+    data = load_dataset("mnist", root=mnist)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [180, 20, 30]
+    assert data.input_shape == (1, 28, 28)
+    assert torch.bincount(data.val.labels).tolist() == [2] * 10
+    arrays = idx_arrays(train=200, test=30)
+    images, labels = arrays["t10k-images-idx3-ubyte"], arrays["t10k-labels-idx1-ubyte"]
+    np.testing.assert_array_equal(np.array(rows(data.test, data)), images.reshape(30, -1))
+    assert data.test.labels.tolist() == labels.tolist()
+    source = {
+        tuple(image.ravel().tolist()): int(label)
+        for image, label in zip(arrays["train-images-idx3-ubyte"], arrays["train-labels-idx1-ubyte"], strict=True)
+    }
+    train, val = rows(data.train, data), rows(data.val, data)
+    assert set(train).isdisjoint(val)
+    assert set(train) | set(val) == set(source)
+    assert [source[row] for row in train] == data.train.labels.tolist()
+    assert [source[row] for row in val] == data.val.labels.tolist()
+
+
+def test_a_teachers_subset_is_accepted(tmp_path):
+    write(tmp_path / "MNIST/raw", idx_files(train=8000, test=2000))
+    data = load_dataset("mnist", root=str(tmp_path), download=False)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [7200, 800, 2000]
+
+
+def test_channels_are_normalised_one_by_one(tmp_path):
+    write(tmp_path / "cifar-10-batches-py", cifar_files(batch=20))
+    data = load_dataset("cifar10", root=tmp_path)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [90, 10, 20]
+    assert data.input_shape == (3, 32, 32)
+    assert data.class_names[6] == "frog"
+    scaled = pixels(data, data.train)
+    torch.testing.assert_close(torch.tensor(data.mean), scaled.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(torch.tensor(data.std), scaled.std(dim=(0, 2, 3), unbiased=False))
+    torch.testing.assert_close(data.train.images.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_a_channel_that_never_changes_is_only_shifted(tmp_path):
+    arrays = idx_arrays(train=40, test=10)
+    arrays["train-images-idx3-ubyte"][:] = 77
+    write(tmp_path / "KMNIST/raw", {name: idx_bytes(array) for name, array in arrays.items()})
+    data = load_dataset("kmnist", root=tmp_path)
+    assert data.std == (1.0,)
+    assert data.train.images.abs().max() < 1e-6
+    assert data.test.images.isfinite().all()
+    np.testing.assert_array_equal(np.array(rows(data.test, data)), arrays["t10k-images-idx3-ubyte"].reshape(10, -1))
+
+
+def test_few_images_a_class(tmp_path):
+    write(tmp_path / "MNIST/raw", idx_files(train=20, test=1))  # two of each: a tenth would leave classes out
+    data = load_dataset("mnist", root=tmp_path)
+    assert sorted(data.val.labels.tolist()) == sorted(data.train.labels.tolist()) == list(range(10))
+    arrays = idx_arrays(train=20, test=1)
+    labels = arrays["train-labels-idx1-ubyte"]
+    labels[:] = np.arange(20) % 3  # seven classes have none at all
+    write(tmp_path / "MNIST/raw", {IDX_NAMES[1]: idx_bytes(labels)})
+    assert load_dataset("mnist", root=tmp_path).num_classes == 10
+    labels[0] = 8
+    write(tmp_path / "MNIST/raw", {IDX_NAMES[1]: idx_bytes(labels)})
+    with pytest.raises(DataError, match="class 8 has a single training image"):
+        load_dataset("mnist", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "third"),
+    [("mnist", "MNIST", "2"), ("fashion_mnist", "FashionMNIST", "Pullover"), ("kmnist", "KMNIST", "su")],
+)
+def test_every_idx_set_has_its_folder_and_names(tmp_path, name, folder, third):
+    write(tmp_path / folder / "raw", idx_files(train=40, test=10))
+    data = load_dataset(name, root=tmp_path, download=False)
+    assert (data.name, data.class_names[2], data.num_classes) == (name, third, 10)
+
+
+def test_names_agree_with_torchvision():
+    import torchvision.datasets as tv
+
+    from course_lib.lab.sources import SOURCES
+
+    assert DATASETS == ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10")
+    for source in SOURCES.values():
+        dataset = getattr(tv, source.torchvision_name)
+        published = getattr(dataset, "classes", source.class_names)
+        assert [name.split(" - ")[0] for name in published] == list(source.class_names)
+        if source.name != "cifar10":
+            assert [file for file, _ in dataset.resources] == [f"{name}.gz" for name in source.required]
+        else:
+            files = [file for file, _ in dataset.train_list + dataset.test_list]
+            assert (files, dataset.base_folder) == (list(source.required), source.folder)
+            assert source.archives == (dataset.filename,)
+
+
+def test_unknown_names():
+    with pytest.raises(
+        ValueError, match=r"unknown data set 'Fashion-MNIST': .*digits, mnist.*did you mean 'fashion_mn"
+    ):
+        load_dataset("Fashion-MNIST")
+    with pytest.raises(ValueError, match=r"unknown data set 'imagenet': choose one of .*cifar10$"):
+        load_dataset("imagenet")
+    with pytest.raises(TypeError, match="name must be a string"):
+        load_dataset(3)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), ("0", TypeError), (True, TypeError)]
+)
+def test_bad_seeds(seed, error):
+    with pytest.raises(error, match="seed must be"):
+        load_dataset("digits", seed=seed)
+
+
+def test_where_the_root_comes_from(mnist, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("with space")
+    monkeypatch.setenv("COURSE_DATA", str(mnist))
+    assert load_dataset("mnist", download=False).name == "mnist"
+    with pytest.raises(DataError, match="with space"):  # an explicit root wins
+        load_dataset("mnist", root=elsewhere, download=False)
+    write(elsewhere / "MNIST/raw", idx_files(train=40, test=10))
+    assert len(load_dataset("mnist", root=elsewhere, download=False).test) == 10
+
+    monkeypatch.setenv("HOME", str(elsewhere.parent))
+    monkeypatch.setenv("USERPROFILE", str(elsewhere.parent))
+    assert len(load_dataset("mnist", root=f"~/{elsewhere.name}", download=False).test) == 10
+    monkeypatch.setenv("COURSE_DATA", f"~/{elsewhere.name}")
+    assert len(load_dataset("mnist", download=False).test) == 10
+    monkeypatch.chdir(elsewhere.parent)
+    assert len(load_dataset("mnist", root=elsewhere.name, download=False).test) == 10
+
+    monkeypatch.setenv("COURSE_DATA", "")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda app, appauthor: elsewhere / "cache" / app)
+    with pytest.raises(DataError, match=r"cache.compression-course.data"):
+        load_dataset("mnist", download=False)
+
+
+@pytest.mark.parametrize(
+    ("root", "error"), [(3, TypeError), (b"/tmp", TypeError), ("", ValueError), ("a\0b", ValueError)]
+)
+def test_bad_roots(root, error):
+    with pytest.raises(error, match="root must"):
+        load_dataset("mnist", root=root)
+
+
+def test_a_home_that_is_nobodys():
+    with pytest.raises(ValueError, match="cannot be expanded"):
+        load_dataset("mnist", root="~no-such-person-here/data")
+
+
+def test_subset():
+    split = Split(torch.arange(4.0).view(4, 1, 1, 1), torch.tensor([5, 6, 7, 8]))
+    for indices in ([3, 0], range(3, -1, -3), np.array([3, 0], dtype=np.uint8), torch.tensor([-1, 0]), (3, 0)):
+        chosen = split.subset(indices)
+        assert chosen.labels.tolist() == [8, 5]
+        assert chosen.images.flatten().tolist() == [3.0, 0.0]
+    assert split.subset([True, False, False, True]).labels.tolist() == [5, 8]
+    assert len(split.subset([])) == 0
+    split.subset([0, 1, 2, 3]).images.zero_()
+    assert split.images.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "says"),
+    [
+        ([4], ValueError, r"4\.\.4, and this split has 4"),
+        ([-5], ValueError, "-5"),
+        ([0.0], TypeError, "integers or a bool mask"),
+        ([[0]], ValueError, "one dimension"),
+        ([True], ValueError, "one entry an image"),
+    ],
+)
+def test_bad_subsets(indices, error, says):
+    split = Split(torch.zeros(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(error, match=says):
+        split.subset(indices)
+
+
+def test_a_split_checks_what_it_holds():
+    images, labels = torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"images must be a torch\.float32 tensor, got torch\.uint8"):
+        Split(images.byte(), labels)
+    with pytest.raises(TypeError, match=r"labels must be a torch\.int64 tensor, got list"):
+        Split(images, [0, 1])
+    with pytest.raises(ValueError, match=r"got \(2, 1, 4, 4\) and \(1,\)"):
+        Split(images, labels[:1])
+    with pytest.raises(ValueError, match=r"images .N, C, H, W."):
+        Split(images[0], labels)
