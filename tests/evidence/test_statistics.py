@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from course_lib.evidence.statistics import Interval, mean_interval, paired_difference, proportion_interval
+
+VALUES = [0.91, 0.95, 0.93, 0.99, 0.90, 0.94]
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_t_interval_is_scipys(level):
+    found = mean_interval(VALUES, level=level)
+    low, high = stats.t.interval(level, 5, loc=np.mean(VALUES), scale=stats.sem(VALUES))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (found.n, found.level) == (6, level)
+
+
+def test_it_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = sum(not mean_interval(rng.normal(3.0, 2.0, 5)).excludes(3.0) for _ in range(2000))
+    assert 0.935 < hits / 2000 < 0.965
+
+
+def test_bootstrap_follows_the_skew_and_its_seed():
+    values = np.random.default_rng(0).exponential(size=40)
+    found = mean_interval(values, method="bootstrap", seed=1)
+    assert found.high - found.mean > found.mean - found.low
+    assert found == mean_interval(values, method="bootstrap", seed=1)
+
+
+def test_pairing_takes_out_what_the_seed_does():
+    seed_effect = np.random.default_rng(0).normal(0, 5, 20)
+    a, b = seed_effect + 0.3, seed_effect
+    assert paired_difference(a, b).excludes(0)
+    assert paired_difference(a, b).mean == pytest.approx(0.3)
+    low, high = stats.ttest_rel(a + VALUES[0] * a, b).confidence_interval(0.95)
+    assert (paired_difference(a + VALUES[0] * a, b).low, paired_difference(a + VALUES[0] * a, b).high) == pytest.approx(
+        (low, high)
+    )
+
+
+def test_equal_values_have_no_width():
+    found = mean_interval([2.0, 2.0, 2.0])
+    assert (found.low, found.high, found.half_width) == (2.0, 2.0, 0.0)
+
+
+def test_wilson_against_its_formula():
+    z, n, p = stats.norm.ppf(0.975), 50, 0.9
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    found = proportion_interval(45, 50)
+    assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
+
+
+def test_formats():
+    interval = Interval(0.5, 0.25, 0.75, 0.95, 3)
+    assert (str(interval), f"{interval:.1%}", f"{interval:+.2f}") == ("0.5 ± 0.25", "50.0 ± 25.0 %", "+0.50 ± 0.25")
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: mean_interval([1.0]), "at least two values, got 1"),
+        (lambda: mean_interval([1.0, float("nan")]), "finite, got nan at 1"),
+        (lambda: mean_interval([[1.0, 2.0]]), r"shape \(1, 2\)"),
+        (lambda: mean_interval([1.0, 2.0], level=95), "between 0 and 1"),
+        (lambda: mean_interval([1.0, 2.0], method="z"), "'t' or 'bootstrap'"),
+        (lambda: paired_difference([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3 values do not make pairs"),
+        (lambda: proportion_interval(5, 4), "got 5 of 4"),
+    ],
+)
+def test_bad_input_is_named(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()

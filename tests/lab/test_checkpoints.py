@@ -1,0 +1,188 @@
+import json
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from course_lib.lab.checkpoints import (
+    CheckpointError,
+    cache_folder,
+    checkpoint_key,
+    load_checkpoint,
+    save_checkpoint,
+    train_or_load,
+)
+from course_lib.lab.models import build_model
+from course_lib.lab.training import TrainConfig
+
+
+def mlp(seed=0):
+    return build_model("mlp8", (1, 8, 8), 10, seed=seed)
+
+
+def test_round_trip_with_buffers_and_replicas(tmp_path):
+    models = [build_model("cnn_teacher", (1, 8, 8), 10, seed=s) for s in (0, 1)]
+    models[1].bn1.running_mean.fill_(3.0)
+    path = save_checkpoint(tmp_path / "a.safetensors", models, key="k")
+    others = [build_model("cnn_teacher", (1, 8, 8), 10, seed=s) for s in (5, 6)]
+    load_checkpoint(path, others, key="k")
+    for model, other in zip(models, others, strict=True):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "a.safetensors.sha256"]
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def damage_flipped(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def damage_foreign(path):
+    import hashlib
+
+    path.write_bytes(b"PK\x03\x04 this is another kind of file")
+    path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def damage_digest(path):
+    path.with_name(path.name + ".sha256").unlink()
+
+
+DAMAGE = {
+    damage_truncated: "sha256",
+    damage_flipped: "sha256",
+    damage_foreign: "not a safetensors file",
+    damage_digest: "cannot be read",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_the_model_untouched(damage, tmp_path):
+    path = save_checkpoint(tmp_path / "a.safetensors", mlp(0), key="k")
+    damage(path)
+    other = mlp(1)
+    before = other.fc1.weight.clone()
+    with pytest.raises(CheckpointError, match=DAMAGE[damage]) as error:
+        load_checkpoint(path, other, key="k")
+    assert "a.safetensors" in str(error.value)
+    assert torch.equal(other.fc1.weight, before)
+
+
+def test_another_key_or_another_model_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path / "a.safetensors", mlp(0), key="k")
+    with pytest.raises(CheckpointError, match="made with another key"):
+        load_checkpoint(path, mlp(0), key="other")
+    with pytest.raises(CheckpointError, match=r"does not fit.*0/fc1"):
+        load_checkpoint(path, build_model("mlp32", (1, 8, 8), 10), key="k")
+    path.write_bytes(save({"x": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match="sha256"):
+        load_checkpoint(path, mlp(0), key="k")
+
+
+def test_trains_once_then_loads(tmp_path):
+    calls = []
+
+    def train(model):
+        calls.append(1)
+        nn.init.constant_(model.fc1.weight, 2.0)
+        return "a history, which is not a model"
+
+    for _ in range(2):
+        model = train_or_load("small", mlp, train, key={"seed": 0}, folder=tmp_path)
+        assert (model.fc1.weight == 2).all()
+    assert len(calls) == 1
+    train_or_load("small", mlp, train, key={"seed": 1}, folder=tmp_path)
+    assert len(calls) == 2
+
+
+def test_models_that_train_returns_are_kept():
+    first = train_or_load("list", lambda: [mlp(0)], lambda models: [mlp(9)], key={})
+    again = train_or_load("list", lambda: [mlp(0)], lambda models: pytest.fail("trained twice"), key={})
+    assert torch.equal(first[0].fc1.weight, again[0].fc1.weight)
+    assert torch.equal(again[0].fc1.weight, mlp(9).fc1.weight)
+    assert list(cache_folder().glob("list-*.safetensors"))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_retrained(damage, tmp_path):
+    calls = []
+    for round_ in range(2):
+        if round_:
+            (path,) = tmp_path.glob("*.safetensors")
+            damage(path)
+            with pytest.warns(UserWarning, match=rf"training anew: .*{path.name}"):
+                train_or_load("small", mlp, lambda m: calls.append(1), key={}, folder=tmp_path)
+        else:
+            train_or_load("small", mlp, lambda m: calls.append(1), key={}, folder=tmp_path)
+    assert len(calls) == 2
+    train_or_load("small", mlp, lambda m: pytest.fail("the new one is sound"), key={}, folder=tmp_path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "a.safetensors", mlp(), key="k")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _race(folder, log):
+    def train(model):
+        time.sleep(0.3)
+        with Path(log).open("a") as file:
+            file.write("trained\n")
+
+    train_or_load("shared", mlp, train, key={"seed": 0}, folder=folder)
+
+
+def test_two_processes_train_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_race, args=(str(tmp_path / "c"), str(tmp_path / "log"))) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert (tmp_path / "log").read_text() == "trained\n"
+
+
+@dataclass(frozen=True)
+class Other:
+    epochs: int = 20
+
+
+def test_the_key_holds_everything(few):
+    base = {"data": few, "config": TrainConfig(), "seeds": range(3), "init": mlp(0), "note": None}
+    keys = {checkpoint_key(**base)}
+    for change in (
+        {"data": few.subset(range(129))},
+        {"config": TrainConfig(epochs=3)},
+        {"config": Other()},
+        {"seeds": range(4)},
+        {"init": mlp(1)},
+        {"note": 1.5},
+    ):
+        keys.add(checkpoint_key(**{**base, **change}))
+    assert len(keys) == 7
+    assert checkpoint_key(**base) in keys
+    assert json.dumps(sorted(keys))
+
+
+def test_parts_without_stable_content_are_refused():
+    with pytest.raises(TypeError, match=r"key\.loss: a function"):
+        checkpoint_key(loss=len.__class__ and (lambda: 0))
+    with pytest.raises(ValueError, match="name must be"):
+        train_or_load("../x", mlp, lambda m: None, key={})
