@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 import threading
 from collections import Counter
@@ -12,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from course_lib.lab.data import DataError, load_dataset
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CIFAR_NAMES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
@@ -129,3 +133,29 @@ class Mirror:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+RAW = "MNIST/raw"
+CIFAR = "cifar-10-batches-py"
+FILES = idx_files()
+ARCHIVES = gz(FILES)
+BATCHES = cifar_files()
+TAR = tar_gz(BATCHES)
+
+
+def load(root, name="mnist", **options):
+    return load_dataset(name, root=root, **options)
+
+
+def refused(root, *says, name="mnist", **options):
+    """The error's text, once it is sure that the one error came and nothing below the root has changed."""
+    before = listing(root) if root.is_dir() else None
+    with pytest.raises(DataError) as caught:
+        load(root, name, **options)
+    assert type(caught.value) is DataError
+    text = str(caught.value)
+    for piece in says:
+        assert re.search(piece, text), f"{piece!r} is not in: {text}"
+    if before is not None:
+        assert listing(root) == before
+    return text

@@ -3,7 +3,7 @@ import pytest
 import torch
 from data_files import IDX_NAMES, cifar_files, idx_arrays, idx_bytes, idx_files, write
 
-from course_lib.lab.data import DATASETS, DataError, Split, load_dataset
+from course_lib.lab.data import DataError, Split, load_dataset
 
 
 @pytest.fixture
@@ -159,24 +159,6 @@ def test_every_idx_set_has_its_folder_and_names(tmp_path, name, folder, third):
     write(tmp_path / folder / "raw", idx_files(train=40, test=10))
     data = load_dataset(name, root=tmp_path, download=False)
     assert (data.name, data.class_names[2], data.num_classes) == (name, third, 10)
-
-
-def test_names_agree_with_torchvision():
-    import torchvision.datasets as tv
-
-    from course_lib.lab.sources import SOURCES
-
-    assert DATASETS == ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10")
-    for source in SOURCES.values():
-        dataset = getattr(tv, source.torchvision_name)
-        published = getattr(dataset, "classes", source.class_names)
-        assert [name.split(" - ")[0] for name in published] == list(source.class_names)
-        if source.name != "cifar10":
-            assert [file for file, _ in dataset.resources] == [f"{name}.gz" for name in source.required]
-        else:
-            files = [file for file, _ in dataset.train_list + dataset.test_list]
-            assert (files, dataset.base_folder) == (list(source.required), source.folder)
-            assert source.archives == (dataset.filename,)
 
 
 def test_unknown_names():
