@@ -133,9 +133,6 @@ def test_article_sections_are_covered_exactly_once():
 def test_the_map_leads_from_every_section_to_its_chapter():
     rows = [line for line in prose(START).splitlines() if line.startswith("|")]
     for chapter, sections in ARTICLE.items():
-        row = next(
-            line for line in rows if line.rstrip(" |").rsplit("|", 1)[1].strip().startswith(chapter) and "1" in line
-        )
-        every = " ".join(line for line in rows if f"| {chapter} " in line)
-        for section in sections - {"6.2"}:  # written as a range
-            assert section in every, (chapter, section, row)
+        own = " ".join(line for line in rows if f"| {chapter} " in line)
+        for section in sections - {"6.2"}:  # within the range 6.1–6.3
+            assert section in own, (chapter, section)
