@@ -68,9 +68,8 @@ def main(*, rounds: int = 3) -> int:
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    print(
-        f"{REPLICAS} networks, {EPOCHS} epochs of digits each, {rounds} rounds in turn, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{REPLICAS} networks, {EPOCHS} epochs of digits each, {rounds} rounds in turn, {threads} threads")
     print(f"{'model':<12} {'loop, one by one':>17} {'batched':>9} {'ratio (min-max)':>22} {'target':>7}")
     met = True
     for name, target in TARGETS.items():

@@ -148,12 +148,17 @@ def _read_into(found: Collection, file: Path) -> None:
     for cell in notebook["cells"]:
         for output in cell.get("outputs") or ():
             if output.get("output_type") == "error":
-                failed = f"{file.name}: {output.get('ename')}: {str(output.get('evalue')).partition(chr(10))[0]}"
+                failed = f"{file.name}: {output.get('ename')}: {_first_line(output.get('evalue'))}".rstrip(": ")
             ledger = (output.get("data") or {}).get(MIME)
             if ledger is not None:
                 found.claims += [{**claim, "notebook": file.name} for claim in _records(ledger, file)]
     if failed:
         found.errors.append(failed)
+
+
+def _first_line(value: Any) -> str:
+    """The first line of a text, for a place where one line fits."""
+    return str(value or "").strip().partition("\n")[0]
 
 
 def _records(ledger: Any, file: Path) -> list[dict[str, Any]]:

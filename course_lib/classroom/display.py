@@ -130,6 +130,7 @@ class LiveProgress(PlainProgress):
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            refresh_per_second=4,
             redirect_stdout=False,
             redirect_stderr=False,
         )

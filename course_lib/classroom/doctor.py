@@ -101,9 +101,7 @@ def check_packages() -> Iterable[Finding]:
             yield Finding(FAIL, package, f"missing (locked: {locked.get(package, 'no version')})", "make setup")
         elif package in locked and installed != locked[package]:
             wrong += 1
-            mend = (
-                f"make setup; if it thinks that nothing changed: rm {Path('.venv', 'installed.lock')}, then make setup"
-            )
+            mend = f"delete {Path('.venv', 'installed.lock')}, then: make setup"
             yield Finding(FAIL, package, f"{installed} (locked: {locked[package]})", mend)
     if not wrong:
         yield Finding(OK, "packages", f"{len(direct)} direct dependencies, as locked")

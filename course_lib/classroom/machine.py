@@ -27,11 +27,9 @@ def cpu_flags() -> frozenset[str] | None:
     if sys.platform == "linux":
         return frozenset(_cpuinfo("flags", "Features").lower().split())
     if sys.platform == "darwin":
-        told = (
-            _sysctl("machdep.cpu.features", "machdep.cpu.leaf7_features").lower().replace("avx512vnni", "avx512_vnni")
-        )
+        told = _sysctl("machdep.cpu.features", "machdep.cpu.leaf7_features").lower()
         arm = {flag for name, flag in _APPLE.items() if _sysctl(name).strip() == "1"}
-        return frozenset(told.split()) | arm
+        return frozenset(told.replace("avx512vnni", "avx512_vnni").split()) | arm
     return None
 
 

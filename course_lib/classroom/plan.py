@@ -69,6 +69,8 @@ def make_plan(options: RunOptions) -> Plan:
         raise CourseError("--store executes with the default parameters into notebooks/: it takes chapters and --jobs")
     if options.jobs < 1 or options.timeout < 0:
         raise CourseError(f"--jobs must be at least 1 and --timeout at least 0, got {options.jobs}, {options.timeout}")
+    if options.output and options.output.resolve() == options.notebooks.resolve():
+        raise CourseError("--output must not be the folder of the chapters themselves; --store is what writes there")
     chapters = [load_chapter(path) for path in select(chapter_paths(options.notebooks), list(options.chapters))]
     check_known_names(explicit, (name for chapter in chapters for name in chapter.parameters))
     planned = []

@@ -67,10 +67,9 @@ def run_chapters(plan: Plan) -> int:
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
-    done = [path for chapter, _ in plan.chapters if (path := plan.final(chapter)).is_file()]
     if plan.options.store:
-        found = collect(done)
-        print(f"stored in {shown_path(plan.options.notebooks)}; {summary(found)}")
+        stored = [chapter.path for chapter, _ in plan.chapters if chapter.name not in failed]
+        print(f"stored in {shown_path(plan.options.notebooks)}: {len(stored)} chapters; {summary(collect(stored))}")
     else:
         plan.folder.mkdir(parents=True, exist_ok=True)
         found = collect([plan.folder])
