@@ -35,8 +35,8 @@ course: setup  ## execute the chapters; CHAPTERS="02 05" DATASET=mnist PROFILE=f
 	@$(PY) -m course_lib run $(CHAPTERS) --dataset $(DATASET) --profile $(PROFILE) --seed $(SEED) --jobs $(JOBS) $(RUN_FLAGS)
 
 test: setup lint  ## ruff, then pytest with coverage on tests/, then nbval on notebooks/
-	@$(PY) -m pytest tests --cov --cov-report=term
-	@cd notebooks && ../$(PY) -m pytest -p no:cacheprovider -c ../pyproject.toml --rootdir .. --nbval-lax --nbval-cell-timeout 300 --nbval-current-env .
+	@$(PY) -m pytest tests -n 2 --dist loadfile --cov --cov-report=term
+	@cd notebooks && ../$(PY) -m pytest -p no:cacheprovider -c ../pyproject.toml --rootdir .. --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile .
 
 lint: setup  ## check style and formatting with ruff
 	@$(PY) -m ruff check .

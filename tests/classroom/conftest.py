@@ -24,10 +24,11 @@ def notebooks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(notebooks, tmp_path_factory):
-    """All small chapters, two at once, on a machine with a kernelspec of another python3: (code, text, errors, folder)."""
+    """All small chapters, two at once, where a kernelspec names another python3: (code, text, errors, folder)."""
     spec = tmp_path_factory.mktemp("jupyter") / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True)
-    spec.write_text('{"argv": ["/no/such/python", "-f", "{connection_file}"], "language": "python", "display_name": "x"}')
+    argv = '["/no/such/python", "-f", "{connection_file}"]'
+    spec.write_text(f'{{"argv": {argv}, "language": "python", "display_name": "x"}}')
     folder = notebooks.parent / "build" / "course" / "digits-quick"
     folder.mkdir(parents=True)
     for name in ("01_good.ipynb", "02_bad_index.ipynb", "03_leaves.failed.ipynb", "claims.json"):

@@ -26,7 +26,7 @@ def test_chapters_are_in_the_order_of_their_numbers(tmp_path):
 def test_a_folder_without_chapters_is_refused(tmp_path):
     with pytest.raises(CourseError, match="no chapter in"):
         chapter_paths(tmp_path)
-    with pytest.raises(CourseError, match="there is no folder .*; --notebooks DIR says"):
+    with pytest.raises(CourseError, match=r"there is no folder .*; --notebooks DIR says"):
         chapter_paths(tmp_path / "none")
 
 
@@ -77,5 +77,5 @@ def test_what_is_no_notebook_is_named(tmp_path, text):
 
 
 def test_an_unreadable_file_is_named(tmp_path):
-    with pytest.raises(CourseError, match="cannot read .*01_x.ipynb: No such file"):
+    with pytest.raises(CourseError, match=r"cannot read .*01_x\.ipynb: No such file"):
         read_notebook(tmp_path / "01_x.ipynb")
