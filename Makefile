@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course test lint format notebooks lab bench lock clean
+.PHONY: help setup course test lint format notebooks readme lab bench lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,7 +36,7 @@ course: setup  ## execute the chapters; CHAPTERS="02 05" DATASET=mnist PROFILE=f
 
 test: setup lint  ## ruff, then pytest with coverage on tests/, then nbval on notebooks/
 	@$(PY) -m pytest tests -n 2 --dist loadfile --cov --cov-report=term
-	@cd notebooks && ../$(PY) -m pytest -p no:cacheprovider -c ../pyproject.toml --rootdir .. --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile .
+	@cd notebooks && OMP_NUM_THREADS=1 ../$(PY) -m pytest -p no:cacheprovider -c ../pyproject.toml --rootdir .. --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile .
 
 lint: setup  ## check style and formatting with ruff
 	@$(PY) -m ruff check .
@@ -46,8 +46,12 @@ format: setup  ## let ruff rewrite style and formatting
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-notebooks: setup  ## re-execute the chapters and store their outputs in notebooks/
+notebooks: setup  ## re-execute the chapters, store their outputs in notebooks/, and bring README.md up to date
 	@$(PY) -m course_lib run $(CHAPTERS) --store --jobs $(JOBS)
+	@$(PY) -m course_lib readme
+
+readme: setup  ## put the stored chapters' Pareto figure and claims into README.md and docs/
+	@$(PY) -m course_lib readme
 
 lab: setup  ## open JupyterLab on the first chapter
 	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb

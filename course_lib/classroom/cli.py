@@ -1,4 +1,4 @@
-"""The command line: ``python -m course_lib list | run | claims | doctor | bench``."""
+"""The command line: ``python -m course_lib list | run | claims | readme | doctor | bench``."""
 
 import argparse
 import contextlib
@@ -120,7 +120,16 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="our batched training against the usual loop, side by side")
     bench.set_defaults(action=_bench)
 
-    for command in (listing, run, claims):
+    readme = commands.add_parser(
+        "readme",
+        help="put the stored chapters' picture and claims into README.md",
+        description="Lift the Pareto figure and every claim from the stored chapters into README.md and docs/. "
+        "With --check, change nothing and exit with 1 if something is not up to date.",
+    )
+    readme.add_argument("--check", action="store_true", help="only say what is not up to date")
+    readme.set_defaults(action=_readme)
+
+    for command in (listing, run, claims, readme):
         command.add_argument(
             "--notebooks", type=Path, metavar="DIR", help="folder of the chapters (the course's own notebooks/)"
         )
@@ -177,6 +186,18 @@ def _claims(options: argparse.Namespace) -> int:
     from course_lib.classroom.claims import show_claims
 
     return show_claims(options.paths, _notebooks(options), json_wanted=options.json)
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from course_lib.classroom.readme import refresh_readme
+
+    notebooks = _notebooks(options).resolve()
+    stale = refresh_readme(notebooks.parent, notebooks, check=options.check)
+    for name in stale:
+        print(f"{name}: {'not up to date; `make readme` mends it' if options.check else 'brought up to date'}")
+    if not stale:
+        print("README.md and its picture are up to date")
+    return 1 if stale and options.check else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

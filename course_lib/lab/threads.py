@@ -1,4 +1,4 @@
-"""How many threads the arithmetic uses: said once, at a chapter's start, so that chapters side by side share the cores."""
+"""How many threads the arithmetic uses: said once, where a chapter starts, and less where chapters share the cores."""
 
 import os
 
