@@ -84,22 +84,22 @@ def unpack_bits(data: bytes, bits: int, count: int) -> np.ndarray:
     return stream[: bits * count].reshape(count, bits) @ (1 << np.arange(bits - 1, -1, -1))
 
 
-def encode_values(values: np.ndarray, is_float: bool) -> bytes:
-    """Bit patterns [N] as raw bytes or with a palette, whichever is shorter."""
+def encode_values(values: np.ndarray, is_float: bool, huffman: bool = True) -> bytes:
+    """Bit patterns [N] as raw bytes or with a palette, whichever is shorter; ``huffman`` as in :func:`palette`."""
     raw = bytes([RAW]) + values.tobytes()
     if len(values) < 2:
         return raw
     distinct, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     if len(distinct) > min(LARGEST_PALETTE, len(values)):
         return raw
-    candidates = [raw, palette(*encode_table(distinct, is_float), index, counts)]
+    candidates = [raw, palette(*encode_table(distinct, is_float), index, counts, huffman)]
     span = int(distinct[-1]) - int(distinct[0]) + 1
     if span <= 2 * len(distinct) + 16:
         where = (distinct - distinct[0]).astype(np.int64)
         spread = np.zeros(span, dtype=np.int64)
         spread[where] = counts
         first = distinct[:1].tobytes() + varint(span)
-        candidates.append(palette(CONSECUTIVE, first, where[index], spread))
+        candidates.append(palette(CONSECUTIVE, first, where[index], spread, huffman))
     return min(candidates, key=len)
 
 
@@ -117,12 +117,12 @@ def encode_table(distinct: np.ndarray, is_float: bool) -> tuple[int, bytes]:
     return FULL, count + distinct.tobytes()
 
 
-def palette(form: int, table: bytes, index: np.ndarray, counts: np.ndarray) -> bytes:
-    """Table, then the indices at fixed width or Huffman-coded, whichever is shorter; nothing for a single symbol."""
+def palette(form: int, table: bytes, index: np.ndarray, counts: np.ndarray, huffman: bool = True) -> bytes:
+    """Table, then the indices at fixed width or (``huffman``) Huffman-coded if shorter; nothing for a single symbol."""
     bits = (len(counts) - 1).bit_length()
     packed = bytes([PALETTE, form]) + table + bytes([PACKED]) + pack_bits(index, bits)
     occurring = np.flatnonzero(counts)
-    if len(occurring) < 2:
+    if len(occurring) < 2 or not huffman:
         return packed
     lengths = np.zeros(len(counts), dtype=np.int64)
     lengths[occurring] = limited_lengths(counts[occurring].tolist())
@@ -174,7 +174,7 @@ def checked_entries(reader: Reader) -> int:
     return entries
 
 
-def encode_sparse(values: np.ndarray, is_float: bool) -> bytes | None:
+def encode_sparse(values: np.ndarray, is_float: bool, huffman: bool = True) -> bytes | None:
     """Bit patterns [rows, columns] by the gaps between non-zeros, in the order and with the filler that do best."""
     candidates = []
     for transposed, flat in enumerate((values.reshape(-1), values.T.reshape(-1))):
@@ -184,13 +184,13 @@ def encode_sparse(values: np.ndarray, is_float: bool) -> bytes | None:
         if transposed and 1 in values.shape:
             continue
         gaps = np.diff(positions, prepend=-1) - 1
-        kept = encode_values(flat[positions], is_float)
+        kept = encode_values(flat[positions], is_float, huffman)
         for bits in range(2, 9):
             cap = (1 << bits) - 1
             # A symbol of value cap skips that many zeros and says nothing else; what is left of the gap follows.
             steps = np.full(int((gaps // cap + 1).sum()), cap, dtype=np.uint8)
             steps[np.cumsum(gaps // cap + 1) - 1] = gaps % cap
-            coded = encode_values(steps, False)
+            coded = encode_values(steps, False, huffman)
             head = bytes([SPARSE, transposed << 4 | bits]) + varint(len(positions)) + varint(len(steps))
             candidates.append(head + varint(len(coded)) + coded + kept)
     return min(candidates, key=len)
@@ -214,9 +214,10 @@ def decode_sparse(reader: Reader, rows: int, columns: int, dtype: np.dtype) -> n
     return flat.reshape(columns, rows).T if transposed else flat.reshape(rows, columns)
 
 
-def encode_plain(values: np.ndarray, is_float: bool) -> bytes:
+def encode_plain(values: np.ndarray, is_float: bool, huffman: bool = True) -> bytes:
     """Bit patterns [rows, columns], little-endian unsigned, as values or sparse, whichever is shorter."""
-    candidates = [encode_values(values.reshape(-1), is_float), encode_sparse(values, is_float) if values.size else None]
+    dense = encode_values(values.reshape(-1), is_float, huffman)
+    candidates = [dense, encode_sparse(values, is_float, huffman) if values.size else None]
     return min((c for c in candidates if c is not None), key=len)
 
 

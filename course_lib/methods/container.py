@@ -49,7 +49,9 @@ class StoredTensor:
     stored_bytes: int
 
 
-def save_compressed(model: nn.Module, path: str | os.PathLike, *, codebook_bits: int | None = None) -> int:
+def save_compressed(
+    model: nn.Module, path: str | os.PathLike, *, codebook_bits: int | None = None, huffman: bool = True
+) -> int:
     """Write all parameters and buffers of ``model`` to one file, losslessly, each in the shortest form that fits it.
 
     Few distinct values become a codebook with packed or Huffman-coded indices, many zeros a sparse index, quantized
@@ -61,6 +63,8 @@ def save_compressed(model: nn.Module, path: str | os.PathLike, *, codebook_bits:
     Args:
         model: any module; it is not modified.
         path: the file to write. It appears whole or not at all: a crash leaves what was there before.
+        huffman: ``False`` leaves out Huffman's code: every index has a fixed width, as after Deep Compression's second
+            stage. The file is longer and reads back to the same weights.
         codebook_bits: 1 to 8: first cluster every parameter of two or more dimensions into 2^bits shared values by
             k-means, zeros kept (lossy; the file then holds the clustered weights). ``None``: the weights as they are.
 
@@ -79,7 +83,7 @@ def save_compressed(model: nn.Module, path: str | os.PathLike, *, codebook_bits:
         }
     body = bytearray(varint(len(state)))
     for name, tensor in state.items():
-        label, data = name.encode(), encode_tensor(tensor)
+        label, data = name.encode(), encode_tensor(tensor, huffman)
         body += varint(len(label)) + label + bytes([DTYPES.index(tensor.dtype)])
         body += varint(tensor.dim()) + b"".join(varint(n) for n in tensor.shape) + varint(len(data)) + data
     whole = MAGIC + bytes([VERSION]) + varint(len(body)) + body
@@ -140,7 +144,7 @@ def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, total // rows
 
 
-def encode_tensor(tensor: Tensor) -> bytes:
+def encode_tensor(tensor: Tensor, huffman: bool = True) -> bytes:
     """The bit patterns of a tensor, encoded."""
     values = tensor.detach().cpu().contiguous()
     if values.is_floating_point() and values.dtype.itemsize > 1:
@@ -151,7 +155,7 @@ def encode_tensor(tensor: Tensor) -> bytes:
     patterns = (
         values.reshape(as_rows(tuple(tensor.shape))).view(AS_INTEGER[size]).numpy().astype(f"<i{size}", copy=False)
     )
-    return encode_array(patterns.view(f"<u{size}"), tensor.dtype == torch.float32)
+    return encode_array(patterns.view(f"<u{size}"), tensor.dtype == torch.float32, huffman)
 
 
 def decode_tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

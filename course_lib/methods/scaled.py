@@ -76,7 +76,7 @@ def fits_any(row: np.ndarray, largest: np.ndarray) -> bool:
     return any(fit(row, scale)[0].all() for level in LARGEST_LEVELS for scale in near(largest, level))
 
 
-def encode_scaled(values: np.ndarray) -> bytes | None:
+def encode_scaled(values: np.ndarray, huffman: bool = True) -> bytes | None:
     """Float32 patterns [rows, columns] as integers and one scale in all, or one a row; ``None`` if they are not."""
     weight = values.view("<f4")
     for layout, rows in ((PER_TENSOR, weight.reshape(1, -1)), (PER_ROW, weight)):
@@ -87,8 +87,8 @@ def encode_scaled(values: np.ndarray) -> bytes | None:
             folded = np.where(levels < 0, -2 * levels - 1, 2 * levels)
             if folded.max(initial=0) > 255:
                 return None
-            coded_scales = encode_values(scales.astype("<f4").view("<u4"), True)
-            coded = encode_plain(folded.astype("<u1").reshape(values.shape), False)
+            coded_scales = encode_values(scales.astype("<f4").view("<u4"), True, huffman)
+            coded = encode_plain(folded.astype("<u1").reshape(values.shape), False, huffman)
             return bytes([SCALED, layout]) + varint(len(coded_scales)) + coded_scales + coded
     return None
 
@@ -105,13 +105,14 @@ def decode_scaled(reader: Reader, rows: int, columns: int) -> np.ndarray:
     return (levels.astype("<f4") * scales.reshape(-1, 1)).astype("<f4").view(dtype)
 
 
-def encode_array(values: np.ndarray, is_float: bool) -> bytes:
+def encode_array(values: np.ndarray, is_float: bool, huffman: bool = True) -> bytes:
     """Bit patterns [rows, columns] (little-endian unsigned) in the shortest of all forms.
 
-    ``is_float`` says that 4-byte patterns are float32, for which integers times a scale are looked for as well.
+    ``is_float`` says that 4-byte patterns are float32, for which integers times a scale are looked for as well;
+    without ``huffman`` every index has a fixed width.
     """
-    plain = encode_plain(values, is_float)
-    scaled = encode_scaled(values) if is_float and values.itemsize == 4 and values.size > 1 else None
+    plain = encode_plain(values, is_float, huffman)
+    scaled = encode_scaled(values, huffman) if is_float and values.itemsize == 4 and values.size > 1 else None
     return plain if scaled is None else min(plain, scaled, key=len)
 
 

@@ -289,3 +289,24 @@ def test_a_file_is_read_in_another_process(path):
     code = f"from course_lib.methods.coding import read_contents; print(len(read_contents({str(path)!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(len(tiny().state_dict()))
+
+
+@pytest.mark.parametrize("kind", ["codebook", "sparse", "integers"])
+def test_without_huffman_every_index_has_a_fixed_width_and_the_weights_are_the_same(path, kind):
+    net = lenet(64)
+    for p in net.parameters():
+        nn.init.normal_(p)  # evenly spread weights would leave Huffman nothing to gain
+    net = plain(fake_quantized(net, weight_bits=4) if kind == "integers" else share_weights(net, 3))
+    if kind == "sparse":
+        with torch.no_grad():
+            for p in net.parameters():
+                p[torch.rand_like(p) < 0.9] = 0
+    coded = save_compressed(net, path)
+    fixed = save_compressed(net, path, huffman=False)
+    assert coded < fixed == path.stat().st_size
+    if kind == "codebook":  # 3 bits a weight, and next to nothing else
+        weights = {e.name: e.stored_bytes for e in read_contents(path)}
+        assert 3 * 64 * 300 / 8 <= weights["1.weight"] <= 3 * 64 * 300 / 8 + 50
+    loaded = load_compressed(path, emptied(net))
+    for (name, tensor), back in zip(net.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(tensor, back), name
