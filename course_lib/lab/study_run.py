@@ -26,8 +26,8 @@ class Run:
     """Brings every trial of a grid to a row.
 
     A future that fails (not: a cell whose work raised, which is a result) means that a worker died. Who was to blame
-    cannot be seen where several cells were under way, so each of them is tried again alone; one that dies alone, and
-    has died before, is recorded as an error. No cell is tried more than twice.
+    cannot be seen where several cells were under way, so each of them is tried again alone; one that dies alone twice is
+    recorded as an error. No cell is tried more than three times.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class Run:
         return problem
 
     def _died(self, position: int, problem: BaseException, alone: bool) -> None:
-        self.deaths[position] = self.deaths.get(position, 0) + 1
-        if alone and self.deaths[position] > 1:
+        self.deaths[position] = self.deaths.get(position, 0) + alone
+        if self.deaths[position] > 1:
             text = f"{type(problem).__name__}: {problem}"
             self._record(position, {"values": {}, "error": text, "seconds": None, "traceback": None})
         else:
