@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "mean_interval", "paired_difference", "proportion_interval"]
+__all__ = ["Interval", "mean_interval", "paired_difference", "proportion_interval", "ratio_interval"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,40 @@ def proportion_interval(successes: int, trials: int, *, level: float = 0.95) -> 
 
     found = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
     return Interval(successes / trials, float(found.low), float(found.high), level, trials)
+
+
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Fieller's interval (1954) of the ratio of two means whose values come in pairs, such as the share of a gap.
+
+    The ratio r is inside where the mean of ``numerators - r * denominators`` cannot be told from 0 at ``level``. It
+    needs no division of single pairs, of which one may have next to no gap; and it need not be symmetric.
+
+    Args:
+        numerators, denominators: as many finite numbers, at least two, in one order.
+        level: confidence in (0, 1).
+
+    Raises:
+        ValueError: the two have different lengths; the mean of the denominators cannot be told from 0, so that any
+            ratio fits; or what :func:`mean_interval` refuses.
+
+    >>> interval = ratio_interval([3.0, 5.0, 4.0, 4.4], [4.0, 6.0, 5.0, 5.0])
+    >>> round(interval.mean, 2), round(interval.low, 2), round(interval.high, 2)
+    (0.82, 0.72, 0.89)
+    """
+    y, x = _checked(numerators, level), _checked(denominators, level)
+    if len(y) != len(x):
+        raise ValueError(f"{len(y)} and {len(x)} values do not make pairs: give the same seeds to both, in one order")
+    from scipy import stats
+
+    quantile = float(stats.t.ppf((1 + level) / 2, len(y) - 1))
+    (vy, vyx), (_, vx) = np.cov(np.stack([y, x])) / len(y) * quantile**2
+    a, b, c = x.mean() ** 2 - vx, y.mean() * x.mean() - vyx, y.mean() ** 2 - vy
+    if a <= 0:
+        raise ValueError(
+            f"the denominators have mean {x.mean():.3g}, not to be told from 0 at level {level:g}: any ratio fits"
+        )
+    half = float(math.sqrt(max(b**2 - a * c, 0.0)) / a)
+    return Interval(float(y.mean() / x.mean()), float(b / a) - half, float(b / a) + half, level, len(y))
 
 
 def _flat(values: Sequence[float]) -> np.ndarray:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from course_lib.methods.distillation_checks import check_labels, check_logits, check_pair, check_weight
+from course_lib.methods.distillation_checks import (
+    check_labelled,
+    check_labels,
+    check_logits,
+    check_pair,
+    check_weight,
+)
 from course_lib.methods.distillation_teacher import frozen, precompute_logits
 from course_lib.methods.temperature import check_temperature, log_softmax_with_temperature
 
@@ -66,6 +72,7 @@ def kd_loss(
     *,
     temperature: float | Tensor,
     alpha: float | Tensor,
+    labelled: Tensor | None = None,
 ) -> Tensor:
     """(1 − α) · CE(y, softmax(z_s)) + α · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)).
 
@@ -76,13 +83,16 @@ def kd_loss(
         student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`.
         labels: int64 ``[N]``, from 0 to K − 1. Cross-entropy always uses T = 1.
         alpha: in [0, 1] (a tensor without dimensions serves a grid under ``vmap``).
+        labelled: bool ``[N]``, for a transfer set whose labels are only partly known: cross-entropy is the mean over
+            the images marked here (0 in a batch without any), the soft term still the mean over all. What ``labels``
+            holds elsewhere is never read. ``None``: every label counts.
 
     Returns:
         A scalar in nats, at least 0, ready for ``backward()``. :func:`kd_terms` gives its parts by name.
 
     Raises:
         TypeError, ValueError: as in :func:`soft_target_loss`; labels of another dtype, shape or range; alpha outside
-            [0, 1].
+            [0, 1]; ``labelled`` that is not bool or has another shape.
 
     Source: Hinton, Vinyals & Dean 2015, section 2.
 
@@ -90,7 +100,8 @@ def kd_loss(
     >>> kd_loss(student, teacher, torch.tensor([0]), temperature=2.0, alpha=0.5)
     tensor(0.3371)
     """
-    return kd_terms(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha)["loss"]
+    terms = kd_terms(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha, labelled=labelled)
+    return terms["loss"]
 
 
 def kd_terms(
@@ -100,6 +111,7 @@ def kd_terms(
     *,
     temperature: float | Tensor,
     alpha: float | Tensor,
+    labelled: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """:func:`kd_loss` by name: ``"loss"``, and unweighted ``"ce"`` and ``"soft"`` (which carries its T²).
 
@@ -107,8 +119,7 @@ def kd_terms(
     """
     check_weight("alpha", alpha, most=1.0)
     soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
-    check_labels(labels, student_logits)
-    ce = F.cross_entropy(student_logits, labels)
+    ce = _cross_entropy(student_logits, labels, labelled)
     # A weight of 0 takes its term out of the sum altogether, so that the two ends are exact, gradients included.
     if not isinstance(alpha, Tensor) and alpha in (0, 1):
         loss = soft if alpha else ce
@@ -213,6 +224,7 @@ class KnowledgeDistillation:
         teacher_logits: ``[N, K]``, row i for image i of the split that is trained on (see :func:`precompute_logits`).
         temperature: above 0.
         alpha: weight of the soft term, in [0, 1].
+        labelled: bool ``[N]``, the images whose label counts; ``None`` means all.
 
     Called with the batch's logits ``[B, K]``, labels ``[B]`` and positions ``index`` ``[B]`` in the split; returns the
     terms by name. Right only where image i never changes: with random augmentation the teacher must see the same view
@@ -222,15 +234,32 @@ class KnowledgeDistillation:
     teacher_logits: Tensor
     temperature: float = 4.0
     alpha: float = 0.9
+    labelled: Tensor | None = None
 
     def __post_init__(self):
         check_temperature(self.temperature)
         check_weight("alpha", self.alpha, most=1.0)
         check_pair(self.teacher_logits.detach(), self.teacher_logits)
+        if self.labelled is not None:
+            check_labelled(self.labelled, len(self.teacher_logits))
 
     def __call__(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         rows = self.teacher_logits[index]
-        return kd_terms(logits, rows, labels, temperature=self.temperature, alpha=self.alpha)
+        known = None if self.labelled is None else self.labelled[index]
+        return kd_terms(logits, rows, labels, temperature=self.temperature, alpha=self.alpha, labelled=known)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None) -> Tensor:
+    """Mean cross-entropy over all images, or over those that are marked."""
+    if labelled is None:
+        check_labels(labels, logits)
+        return F.cross_entropy(logits, labels)
+    check_labelled(labelled, len(logits))
+    if isinstance(labels, Tensor) and labels.shape == labelled.shape:
+        labels = labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class
+    check_labels(labels, logits)
+    each = F.cross_entropy(logits, labels, reduction="none").masked_fill(~labelled, 0.0)
+    return each.sum() / labelled.sum().clamp_min(1)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, *, ignore: Tensor | None = None) -> Tensor:

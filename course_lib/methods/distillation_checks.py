@@ -10,7 +10,16 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_features", "check_labels", "check_logits", "check_pair", "check_teacher", "check_weight", "true"]
+__all__ = [
+    "check_features",
+    "check_labelled",
+    "check_labels",
+    "check_logits",
+    "check_pair",
+    "check_teacher",
+    "check_weight",
+    "true",
+]
 
 
 def true(condition: Tensor) -> bool:
@@ -70,6 +79,15 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
             f"labels must run from 0 to {classes - 1} for {classes} classes, got {labels.min().item()} to "
             f"{labels.max().item()}"
         )
+
+
+def check_labelled(labelled: Tensor, images: int) -> None:
+    """The mask of images whose label counts is bool ``[N]``."""
+    if not isinstance(labelled, Tensor) or labelled.dtype != torch.bool:
+        given = f"dtype {labelled.dtype}" if isinstance(labelled, Tensor) else type(labelled).__name__
+        raise TypeError(f"labelled must be a bool tensor [N], true where the label counts, got {given}")
+    if labelled.shape != (images,):
+        raise ValueError(f"labelled must have shape ({images},), one entry an image, got {tuple(labelled.shape)}")
 
 
 def check_weight(name: str, weight: float | Tensor, *, most: float = math.inf) -> None:

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from course_lib.evidence.statistics import Interval, mean_interval, paired_difference, proportion_interval
+from course_lib.evidence.statistics import (
+    Interval,
+    mean_interval,
+    paired_difference,
+    proportion_interval,
+    ratio_interval,
+)
 
 VALUES = [0.91, 0.95, 0.93, 0.99, 0.90, 0.94]
 
@@ -72,3 +78,43 @@ def test_formats():
 def test_bad_input_is_named(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_a_ratio_is_inside_exactly_where_the_paired_difference_is_no_difference():
+    rng = np.random.default_rng(0)
+    x = rng.normal(5.0, 1.0, 12)
+    y = 0.8 * x + rng.normal(0.0, 0.7, 12)
+    found = ratio_interval(y, x, level=0.9)
+    assert found.mean == pytest.approx(y.mean() / x.mean())
+    assert found.low < found.mean < found.high
+    for edge in (found.low, found.high):
+        difference = paired_difference(y, edge * x, level=0.9)
+        assert min(abs(difference.low), abs(difference.high)) < 1e-9
+    assert not paired_difference(y, found.mean * x, level=0.9).excludes(0)
+
+
+def test_a_ratios_interval_covers_the_truth_as_often_as_it_says():
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(1500):
+        x = rng.normal(4.0, 1.5, 8)
+        hits += not ratio_interval(0.7 * x + rng.normal(0, 1.0, 8), x).excludes(0.7)
+    assert 0.93 < hits / 1500 < 0.97
+
+
+def test_a_ratio_of_constants_is_exact():
+    found = ratio_interval([3.0, 3.0], [4.0, 4.0])
+    assert (found.low, found.mean, found.high) == pytest.approx((0.75, 0.75, 0.75))
+
+
+@pytest.mark.parametrize(
+    ("y", "x", "text"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0], "3 and 2 values do not make pairs"),
+        ([1.0, 2.0, 3.0], [-1.0, 0.1, 1.0], "not to be told from 0 at level 0.95: any ratio fits"),
+        ([1.0], [1.0], "at least two values"),
+        ([1.0, np.inf], [1.0, 2.0], "finite"),
+    ],
+)
+def test_a_ratio_without_an_interval_is_refused(y, x, text):
+    with pytest.raises(ValueError, match=text):
+        ratio_interval(y, x)

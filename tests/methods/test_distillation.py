@@ -75,7 +75,7 @@ def test_the_two_ends_of_alpha_are_exact_bit_for_bit(dtype, as_tensor):
             assert torch.equal(a, b)
 
 
-# Four mistakes that real projects made. If one of them gave the same number as our loss, our tests could not tell.
+# Mistakes that real projects made. If one of them gave the same number as our loss, our tests could not tell.
 def swapped(student, teacher, labels, t, a):
     return (1 - a) * F.cross_entropy(student, labels) + a * reference_soft(teacher, student, t)
 
@@ -89,6 +89,11 @@ def mean_over_all(student, teacher, labels, t, a):
     return (1 - a) * F.cross_entropy(student, labels) + a * reference_soft(student, teacher, t) / student.shape[1]
 
 
+def teacher_against_itself(student, teacher, labels, t, a):
+    # The soft term of a project that read the teacher twice: always 0, so that nothing is distilled.
+    return (1 - a) * F.cross_entropy(student, labels) + a * reference_soft(teacher, teacher, t)
+
+
 def without_t_squared(student, teacher, labels, t, a):
     return (1 - a) * F.cross_entropy(student, labels) + a * reference_soft(student, teacher, t) / t**2
 
@@ -98,7 +103,9 @@ def weights_exchanged(student, teacher, labels, t, a):
 
 
 @pytest.mark.parametrize(
-    "mutant", [swapped, teacher_twice, mean_over_all, without_t_squared, weights_exchanged], ids=lambda f: f.__name__
+    "mutant",
+    [swapped, teacher_twice, teacher_against_itself, mean_over_all, without_t_squared, weights_exchanged],
+    ids=lambda f: f.__name__,
 )
 def test_each_published_mistake_would_be_caught(mutant):
     student, teacher, labels = make()
@@ -288,3 +295,54 @@ def test_decoupled_weights_may_exceed_one_but_not_fall_below_zero():
     decoupled_kd_loss(student, teacher, labels, temperature=1.0, alpha=1.0, beta=8.0)
     with pytest.raises(ValueError, match="beta must be at least 0 and finite, got -1"):
         decoupled_kd_loss(student, teacher, labels, temperature=1.0, alpha=1.0, beta=-1)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 1.0])
+def test_with_some_labels_unknown_the_hard_term_is_the_mean_over_the_known(alpha):
+    student, teacher, labels = make()
+    labelled = torch.arange(16) % 3 == 0
+    for elsewhere in (labels, torch.where(labelled, labels, -1), torch.where(labelled, labels, 3)):
+        expected = (1 - alpha) * F.cross_entropy(student[labelled], labels[labelled])
+        expected = expected + alpha * reference_soft(student, teacher, 4.0)
+        ours = kd_loss(student, teacher, elsewhere, temperature=4.0, alpha=alpha, labelled=labelled)
+        assert_same(ours, expected, student)
+
+
+def test_marking_all_is_marking_none_and_a_batch_without_labels_has_no_hard_term():
+    student, teacher, labels = make()
+    everything, nothing = torch.ones(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
+    ours = kd_loss(student, teacher, labels, temperature=2.0, alpha=0.4, labelled=everything)
+    assert_same(ours, kd_loss(student, teacher, labels, temperature=2.0, alpha=0.4), student)
+    unlabelled = kd_loss(student, teacher, labels, temperature=2.0, alpha=0, labelled=nothing)
+    value, grad = value_and_grad(unlabelled, student)
+    assert value == 0
+    assert not grad.any()
+
+
+def test_a_mask_a_replica_runs_under_vmap_and_through_the_table():
+    student, teacher, labels = make(n=6)
+    masks = torch.tensor([[True] * 6, [False, True] * 3])
+    mapped = vmap(lambda m: kd_loss(student, teacher, labels, temperature=2.0, alpha=0.5, labelled=m))(masks)
+    for mask, ours in zip(masks, mapped, strict=True):
+        torch.testing.assert_close(ours, kd_loss(student, teacher, labels, temperature=2.0, alpha=0.5, labelled=mask))
+    index = torch.tensor([5, 0, 3])
+    terms = KnowledgeDistillation(teacher, 2.0, 0.5, masks[1])(student[index], labels[index], index)
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(student[[5, 3]], labels[[5, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("labelled", "error", "text"),
+    [
+        (torch.ones(16), TypeError, "labelled must be a bool tensor .* got dtype torch.float32"),
+        ([True] * 16, TypeError, "got list"),
+        (torch.ones(15, dtype=torch.bool), ValueError, r"labelled must have shape \(16,\), .* got \(15,\)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(labelled, error, text):
+    student, teacher, labels = make()
+    with pytest.raises(error, match=text):
+        kd_loss(student, teacher, labels, **GOOD, labelled=labelled)
+    with pytest.raises(error, match=text):
+        KnowledgeDistillation(teacher, labelled=labelled)
+    with pytest.raises(ValueError, match="0 to 9 for 10 classes, got 0 to 10"):
+        kd_loss(student, teacher, labels * 0 + 10, **GOOD, labelled=torch.arange(16) > 7)
