@@ -37,8 +37,8 @@ def run_study(
     """Measure every cell of a grid; what was measured before, here or by a run beside this one, is not measured again.
 
     A cell that raises, or that ends its worker again and again, is a row with its ``error``; the rest goes on. Where a
-    worker dies, the cells that were under way are tried again, each alone. Finished rows stay when the run is killed or interrupted (Ctrl-C,
-    SIGTERM), and the next run goes on there: it tries failed rows again, finished ones never.
+    worker dies, the cells that were under way are tried again, each alone. Finished rows stay when the run is killed
+    or interrupted (Ctrl-C, SIGTERM), and the next run goes on there: it tries failed rows again, finished ones never.
 
     Args:
         grid: distinct trials, as from :func:`make_grid`.

@@ -26,8 +26,8 @@ class Run:
     """Brings every trial of a grid to a row.
 
     A future that fails (not: a cell whose work raised, which is a result) means that a worker died. Who was to blame
-    cannot be seen where several cells were under way, so each of them is tried again alone; one that dies alone twice is
-    recorded as an error. No cell is tried more than three times.
+    cannot be seen where several cells were under way, so each of them is tried again alone; one that dies alone twice
+    is recorded as an error. No cell is tried more than three times.
     """
 
     def __init__(

@@ -88,5 +88,5 @@ def training(trial):
     generator = torch.Generator().manual_seed(trial.seed)
     images = torch.randn(1024, 1, 8, 8, generator=generator)
     split = Split(images, (images.mean(dim=(1, 2, 3)) > 0).long())
-    history = fit(build_model("mlp64", (1, 8, 8), 2, seed=trial.seed), split, TrainConfig(epochs=trial.level))
+    history = fit(build_model("mlp128", (1, 8, 8), 2, seed=trial.seed), split, TrainConfig(epochs=trial.level))
     return {"loss": history.train_loss[-1], "cpu": time.process_time() - started}

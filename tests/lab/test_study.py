@@ -171,5 +171,5 @@ def measure(pool, cells, epochs):
     started = time.perf_counter()
     frame = run_study(grid, pool, work=study_cells.training)
     wall = time.perf_counter() - started
-    assert frame.error.isna().all()
+    assert frame.error.isna().all(), frame.error[0]
     return wall, frame.seconds.mean()

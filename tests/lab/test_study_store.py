@@ -133,13 +133,13 @@ def package(tmp_path, monkeypatch):
     (folder / "deep").mkdir(parents=True)
     files = {
         "__init__.py": "",
-        "work.py": "from sourcery import a\nimport sourcery.b\ndef f(trial):\n    from .c import helper\n    return {}\n",
+        "work.py": "from sourcery import a\nimport sourcery.b\ndef f(trial):\n    from .c import helper\n",
         "a.py": "from sourcery.deep import inner\n",
         "b.py": "import sourcery.a\nimport json\n",
         "c.py": "from . import d\nhelper = 1\n",
         "d.py": "",
         "deep/__init__.py": "from ..e import *\n",
-        "deep/inner.py": "from sourcery import missing\n",
+        "deep/inner.py": "def g():\n    import sourcery.missing\n",
         "e.py": "x = 1\n",
         "unrelated.py": "",
     }
