@@ -1,7 +1,7 @@
 """What was lost besides a digit of accuracy? One door to the audit's rooms.
 
-Classes (:mod:`.classes`), exemplars (:mod:`.exemplars`), churn (:mod:`.churn`), robustness (:mod:`.corruption`), where the network
-looks (:mod:`.saliency`), and whether it was worth it (:mod:`.pareto`).
+Classes (:mod:`.classes`), exemplars (:mod:`.exemplars`), churn (:mod:`.churn`), robustness (:mod:`.corruption`), where
+the network looks (:mod:`.saliency`, :mod:`.map_agreement`), and whether it was worth it (:mod:`.pareto`).
 """
 
 from course_lib.evidence.churn import Flips, agreement, churn, flips, pairwise_churn

@@ -1,7 +1,7 @@
 """Where does a network look? One map an image, by five methods; the controls that tell a map from an edge detector.
 
 Each map explains one logit, that of the class given for the image. All are ``[N, H, W]`` float tensors, detached. A
-model runs in eval mode and comes back as it was: mode, weights, their gradients and the global random numbers untouched.
+model runs in eval mode and gets its mode back; weights, their gradients and the global random numbers stay untouched.
 """
 
 import copy
