@@ -40,7 +40,7 @@ def kmeans_codebook(
         bits: width of an index, 1 to 8.
         keep_zeros: zeros stay exactly zero and take one of the 2^bits entries (if there are any): a pruned weight
             stays so.
-        iterations: at most so many rounds; it ends earlier when no assignment changes.
+        iterations: at most so many rounds, at least 1; it ends earlier when no assignment changes.
         dtype: round the centroids to this type (say ``torch.float16``, half the bytes in a file) before they are used.
 
     Returns:
@@ -55,6 +55,8 @@ def kmeans_codebook(
         raise TypeError(f"bits must be an integer from 1 to 8, got {bits!r}")
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must be from 1 to 8, got {bits}")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
     values = check_real(weight, "weight").double().flatten().cpu().numpy()
     has_zeros = keep_zeros and bool((values == 0).any())
     free = values[values != 0] if has_zeros else values

@@ -77,7 +77,10 @@ class Graph:
             [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-        onnx.checker.check_model(model, full_check=True)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except onnx.shape_inference.InferenceError as error:
+            raise ValueError(f"the network does not take images of shape {input_shape}: {error}") from error
         path = Path(path)
         beside = path.with_name(f".{path.name}.part")
         beside.write_bytes(model.SerializeToString())
@@ -93,7 +96,7 @@ def write_float_onnx(model: nn.Sequential, path: str | os.PathLike, input_shape:
     """Write a flat ``nn.Sequential`` in float32, BatchNorm folded, for images [N, \\*input_shape].
 
     Raises:
-        ValueError: a layer with no counterpart here; it is named.
+        ValueError: a layer with no counterpart here (it is named), or an input shape that does not fit the network.
     """
     model, graph, outputs = fold_batchnorm(model), Graph("images"), 0
     for name, module in model.named_children():
@@ -124,7 +127,11 @@ def write_float_onnx(model: nn.Sequential, path: str | os.PathLike, input_shape:
 def write_int8_onnx(
     network: IntegerNetwork, path: str | os.PathLike, input_shape: tuple[int, ...]
 ) -> "onnx.ModelProto":
-    """Write an :class:`~course_lib.methods.integer_network.IntegerNetwork` in QDQ form: static, weights per channel."""
+    """Write an :class:`~course_lib.methods.integer_network.IntegerNetwork` in QDQ form: static, weights per channel.
+
+    Raises:
+        ValueError: an input shape that does not fit the network.
+    """
     graph = Graph("images")
 
     def through_grid(name: str, q: QuantParams) -> None:

@@ -28,10 +28,10 @@ def signal_to_noise(x: Tensor, approximation: Tensor) -> float:
     >>> round(signal_to_noise(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])), 2)
     20.0
     """
+    x, approximation = check_real(x).double(), check_real(approximation, "approximation").double()
     if x.shape != approximation.shape:
         raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(approximation.shape)}")
-    x = check_real(x).double()
-    noise = (x - check_real(approximation, "approximation").double()).square().sum().item()
+    noise = (x - approximation).square().sum().item()
     signal = x.square().sum().item()
     if noise == 0:
         return math.inf

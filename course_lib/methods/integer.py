@@ -67,7 +67,12 @@ def requantize(accumulator: Tensor, factor: FixedPoint, q: QuantParams) -> Tenso
         accumulator: int32, any shape that broadcasts with ``factor``.
         factor: s_x s_w / s_y.
         q: the output's grid, one scale in all.
+
+    Raises:
+        TypeError: an accumulator of floating-point numbers, whose fractions would be lost without a word.
     """
+    if accumulator.is_floating_point() or accumulator.is_complex():
+        raise TypeError(f"accumulator must hold integers, got {accumulator.dtype}")
     product = accumulator.to(torch.int64) * factor.multiplier
     half = torch.where(factor.shift > 0, torch.ones_like(factor.shift) << (factor.shift - 1).clamp(min=0), 0)
     return (((product + half) >> factor.shift) + q.zero_point).clamp(q.qmin, q.qmax).to(q.dtype)

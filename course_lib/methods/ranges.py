@@ -62,8 +62,10 @@ def calibrate(
         raise ValueError(f"unknown calibration method {method!r} (there are: {', '.join(METHODS)})")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
-    if candidates < 2:
-        raise ValueError(f"candidates must be at least 2, got {candidates}")
+    if not isinstance(candidates, int) or candidates < 2:
+        raise ValueError(f"candidates must be an integer of at least 2, got {candidates!r}")
+    if not isinstance(samples, Iterable):
+        raise TypeError(f"samples must be a tensor or several, got {type(samples).__name__}")
     tensors = [samples] if isinstance(samples, Tensor) else list(samples)
     if not tensors or all(isinstance(t, Tensor) and t.numel() == 0 for t in tensors):
         raise ValueError("calibration is empty: it needs at least one recorded value")

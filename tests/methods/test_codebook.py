@@ -64,6 +64,9 @@ def test_bad_input():
     for bits, error in ((0, ValueError), (9, ValueError), (4.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="bits must be"):
             kmeans_codebook(torch.ones(3), bits)
+    for iterations in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="iterations must be"):
+            kmeans_codebook(torch.randn(20), 2, iterations=iterations)
     with pytest.raises(ValueError, match="is empty"):
         kmeans_codebook(torch.ones(0), 4)
     with pytest.raises(ValueError, match="NaN"):

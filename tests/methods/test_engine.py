@@ -1,6 +1,7 @@
 """ONNX files: structure and names (their results are compared in test_integer_network.py)."""
 
 import onnx
+import pytest
 import torch
 from torch import nn
 
@@ -32,3 +33,13 @@ def test_int8_files_hold_integers(tmp_path):
     assert types["fc_weight_quantized"] == onnx.TensorProto.INT8
     assert types["fc_bias_quantized"] == onnx.TensorProto.INT32
     assert [n.op_type for n in model.graph.node].count("QuantizeLinear") == 4
+
+
+def test_an_input_shape_that_does_not_fit_leaves_no_file(tmp_path):
+    integers = integer_network(net(), torch.randn(16, 1, 2, 2))
+    for shape in ((1, 3, 3), ()):
+        with pytest.raises(ValueError, match=r"does not take images of shape \("):
+            write_float_onnx(net(), tmp_path / "float.onnx", shape)
+        with pytest.raises(ValueError, match=r"does not take images of shape \("):
+            write_int8_onnx(integers, tmp_path / "int8.onnx", shape)
+    assert not list(tmp_path.iterdir())

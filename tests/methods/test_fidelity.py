@@ -29,3 +29,12 @@ def test_signal_to_noise_edges():
     assert signal_to_noise(x, torch.zeros(2)) == pytest.approx(0.0)
     with pytest.raises(ValueError, match="shapes differ"):
         signal_to_noise(x, torch.ones(3))
+    for bad, error, text in (
+        ([1.0, -1.0], TypeError, "approximation must be a torch.Tensor"),
+        (torch.tensor([1, -1]), TypeError, "floating-point"),
+        (torch.tensor([1.0, math.nan]), ValueError, "approximation .* holds 1 NaN or infinite value:"),
+    ):
+        with pytest.raises(error, match=text):
+            signal_to_noise(x, bad)
+    with pytest.raises(TypeError, match=r"w must be a torch\.Tensor"):
+        floor_quantize([0.3], 10)

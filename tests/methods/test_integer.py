@@ -94,6 +94,8 @@ def test_fixed_point_refuses_what_it_cannot_hold():
             fixed_point(torch.tensor(bad))
     with pytest.raises(ValueError, match="too large"):
         fixed_point(torch.tensor(1e10))
+    with pytest.raises(TypeError, match=r"accumulator must hold integers, got torch\.float32"):
+        requantize(torch.tensor([1.5]), fixed_point(torch.tensor(0.5)), QuantParams(1.0, 0, -7, 7))
     almost_one = fixed_point(torch.tensor(1 - 2.0**-40, dtype=torch.float64))
     assert almost_one.multiplier == 2**30
     assert almost_one.shift == 30

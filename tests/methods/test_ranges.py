@@ -81,11 +81,14 @@ def test_bad_options():
         ({"percentile": 0}, "percentile must be above 0"),
         ({"percentile": 101}, "percentile must be above 0"),
         ({"candidates": 1}, "at least 2"),
+        ({"candidates": 2.5}, "integer of at least 2"),
+        ({"percentile": math.nan}, "percentile must be above 0"),
     ):
         with pytest.raises(ValueError, match=text):
             calibrate(x, **options)
-    with pytest.raises(TypeError, match="floating-point"):
-        calibrate(torch.tensor([1, 2]))
+    for samples, text in ((torch.tensor([1, 2]), "floating-point"), (None, "got NoneType"), ([1.0], "got float")):
+        with pytest.raises(TypeError, match=text):
+            calibrate(samples)
 
 
 def test_recorded_inputs_are_what_the_layers_saw():
