@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Reliability", "expected_calibration_error", "fit_class_bias", "fit_temperature", "reliability"]
+__all__ = [
+    "Reliability",
+    "calibration_floor",
+    "expected_calibration_error",
+    "fit_class_bias",
+    "fit_temperature",
+    "reliability",
+]
 
 _BISECTIONS = 100
 
@@ -93,6 +100,43 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, bins: i
     0.25
     """
     return reliability(probabilities, labels, bins=bins).error
+
+
+def calibration_floor(probabilities: Tensor, *, bins: int = 15, draws: int = 100, seed: int = 0) -> float:
+    """The mean expected calibration error that chance alone gives to these probabilities if they are exactly right.
+
+    Labels are drawn from the stated probabilities themselves, so the model is perfectly calibrated by construction, and
+    its error is measured on as many images as there are. An error near this floor is no evidence of miscalibration.
+
+    Args:
+        probabilities: floating point ``[N, K]``, as for :func:`reliability`.
+        bins: as for :func:`expected_calibration_error`.
+        draws: simulated sets of labels, at least 1.
+        seed: of the simulation; torch's global generator is left alone.
+
+    Returns:
+        A number in [0, 1] that falls about like 1/√N.
+
+    Raises:
+        TypeError, ValueError: as in :func:`reliability`; fewer than one draw.
+
+    Source: the consistency resampling of Bröcker & Smith 2007, "Increasing the Reliability of Reliability Diagrams".
+
+    >>> calibration_floor(torch.full((100, 2), 0.5)) > calibration_floor(torch.full((10_000, 2), 0.5))
+    True
+    """
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        raise ValueError(f"draws must be an integer of at least 1, got {draws!r}")
+    images = len(probabilities) if isinstance(probabilities, Tensor) and probabilities.dim() == 2 else 0
+    zeros = torch.zeros(images, dtype=torch.int64)
+    reliability(probabilities, zeros, bins=bins)  # refuses what is no table of probabilities before anything is drawn
+    rows = probabilities.detach().double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for _ in range(draws):
+        labels = torch.multinomial(rows, 1, generator=generator).squeeze(1)
+        total += expected_calibration_error(probabilities.detach().cpu(), labels, bins=bins)
+    return total / draws
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from course_lib.evidence.calibration import (
+    calibration_floor,
     expected_calibration_error,
     fit_class_bias,
     fit_temperature,
@@ -113,6 +114,58 @@ def test_bias_needs_the_class_and_another():
     for index in (-1, 6, True, 1.0):
         with pytest.raises(ValueError, match="class_index must be an integer from 0 to 5"):
             fit_class_bias(logits, labels, index)
+
+
+def test_floor_of_one_bin_is_the_mean_deviation_of_a_binomial_share():
+    from scipy.stats import binom
+
+    n, q = 40, 0.8
+    p = torch.tensor([[q, 1 - q]], dtype=torch.float64).expand(n, 2)
+    successes = np.arange(n + 1)
+    exact = float(binom.pmf(successes, n, q) @ np.abs(successes / n - q))
+    assert calibration_floor(p, bins=15, draws=4000) == pytest.approx(exact, rel=0.03)
+
+
+def test_floor_falls_with_the_images_and_a_calibrated_model_stands_on_it():
+    logits, _ = make(n=8000, scale=2.0)
+    p = logits.softmax(dim=1)
+    floors = [calibration_floor(p[:n], draws=40) for n in (100, 400, 8000)]
+    assert floors[0] > 1.5 * floors[1] > 3 * floors[2] > 0
+    labels = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(7)).squeeze(1)
+    assert expected_calibration_error(p[:400], labels[:400]) == pytest.approx(floors[1], rel=0.6)
+    sure = F.one_hot(torch.arange(6)).float()
+    assert calibration_floor(sure) == 0.0
+
+
+def test_floor_follows_its_seed_alone_and_leaves_everything_as_it_was():
+    p = make()[0].softmax(dim=1)
+    kept, state = p.clone(), torch.random.get_rng_state()
+    assert calibration_floor(p, draws=3, seed=1) == calibration_floor(p, draws=3, seed=1)
+    assert calibration_floor(p, draws=3, seed=1) != calibration_floor(p, draws=3, seed=2)
+    assert torch.equal(p, kept)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ([[0.5, 0.5]], TypeError, "got list"),
+        (torch.ones(2, 2).long(), TypeError, "floating-point tensor"),
+        (torch.full((4,), 0.25), ValueError, r"must be \[N, K\]"),
+        (torch.empty(0, 2), ValueError, "N >= 1"),
+        (torch.full((2, 2), math.nan), ValueError, "finite, got 4 NaN"),
+        (torch.tensor([[3.0, -2.0]]), ValueError, "are these logits"),
+    ],
+)
+def test_floor_refuses_what_is_no_table_of_probabilities(given, error, text):
+    with pytest.raises(error, match=text):
+        calibration_floor(given)
+
+
+def test_floor_needs_a_draw():
+    for draws in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="draws must be an integer of at least 1"):
+            calibration_floor(torch.full((4, 2), 0.5), draws=draws)
 
 
 P, Y = torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])
