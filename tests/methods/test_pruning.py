@@ -49,6 +49,13 @@ def test_threshold_mask_is_the_formula():
     assert P.threshold_mask(weight, 0.5).dtype is torch.bool
 
 
+def test_rank_mask_takes_infinite_scores_in_memory_order():
+    score = torch.tensor([-math.inf, 1.0, -math.inf, math.inf, -math.inf])
+    assert P.rank_mask(score, 0.4).tolist() == [False, True, False, True, True]
+    assert P.rank_mask(score, 0.8).tolist() == [False, False, False, True, False]
+    assert P.rank_mask(torch.full((4,), math.inf), 0.5).tolist() == [False, False, True, True]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True, allow_subnormal=False))
 def test_rank_mask_is_exact_with_ties(values, sparsity):
@@ -404,3 +411,34 @@ def test_a_weight_under_torch_prune_is_refused():
     torch_prune.l1_unstructured(model[4], "weight", 0.5)
     with pytest.raises(ValueError, match=r"weight of '4' is no plain parameter"):
         P.prune_(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "call", "text"),
+    [
+        (False, lambda m: P.prune_(m, 1.0), r"sparsity must be in \[0, 1\), got 1.0"),
+        (False, lambda m: P.prune_(m, -0.2, scope="layer"), r"sparsity must be in \[0, 1\), got -0.2"),
+        (False, lambda m: P.apply_masks_(m, {"4.weight": torch.ones(2, dtype=torch.bool)}), r"shape \(10, 64\), got"),
+        (True, lambda m: P.prune_(m, 0.5), "6.weight has 1 NaN or infinite entries of 30"),
+        (False, lambda m: P.apply_masks_(m, {"fc.weight": torch.ones(1, dtype=torch.bool)}), "no parameter is called"),
+        (False, lambda m: P.remove_neurons(m, "fc", [0]), "no layer is called 'fc'"),
+        (False, lambda m: P.remove_neurons(m, "0", [False] * 4), "all 4 neurons of '0' would be removed"),
+        (False, lambda m: P.remove_neurons(m, "4", torch.tensor([], dtype=torch.long)), "all 10 neurons of '4'"),
+    ],
+)
+def test_every_bad_input_has_an_error_of_its_own_and_leaves_the_model(spoiled, call, text):
+    model = network()
+    if spoiled:
+        spoil(model)
+    before, modes = state(model), [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match=text):
+        call(model)
+    assert same(before, model)
+    assert modes == [m.training for m in model.modules()]
+
+
+def test_an_empty_model_is_refused_by_pruning_and_by_surgery():
+    with pytest.raises(ValueError, match="no weight to prune: no Linear or Conv layer is in it"):
+        P.prune_(nn.Sequential(), 0.5)
+    with pytest.raises(ValueError, match=r"no layer is called '0'.*none, the model has no Linear or Conv layer"):
+        P.remove_neurons(nn.Sequential(), "0", [0])
