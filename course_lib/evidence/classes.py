@@ -136,6 +136,10 @@ def class_change(
         labels, num_classes, original=original, compressed=compressed
     )
     replicas, images = original.shape
+    if compressed.shape != original.shape:
+        raise ValueError(
+            f"both populations need the same seeds in one order, got {replicas} and {len(compressed)} rows"
+        )
     if replicas < 2:
         raise ValueError("a paired difference needs at least two replicas a population, got 1: one seed says nothing")
     if correction not in ("holm", "bonferroni", "none"):

@@ -134,15 +134,18 @@ class ExemplarControl:
         between: int64 ``[draws]``, between the first of those halves and the compressed replicas of the second half's
             seeds: the same design with compression added. Compare its mean with that of ``within``. The draws share
             replicas, so their scatter gives no interval.
-        shuffled: int64 ``[draws]``, between the full populations after original and compressed were swapped within
-            randomly chosen seeds: what ``observed`` would be if compression changed nothing but the draw of a seed.
-        p_value: share of shuffles with at least ``observed``, the observed one included. With R seeds it cannot
-            be less than about 1 / 2^(R−1).
+        distance: mean over all images of the total variation between the two populations' answers, in [0, 1].
+        shuffled: float64 ``[draws]``, the same after original and compressed were swapped within randomly chosen seeds:
+            what it would be if compression changed nothing but the draw of a seed. (The count of exemplars would be a
+            poor measure here: a majority keeps its label until half of the seeds are swapped.)
+        p_value: share of shuffles that reach ``distance``, the observed one included. With R seeds it cannot be
+            less than about 1 / 2^(R−1).
     """
 
     observed: int
     within: Tensor
     between: Tensor
+    distance: float
     shuffled: Tensor
     p_value: float
 
@@ -163,8 +166,8 @@ def exemplar_control(original: Tensor, compressed: Tensor, *, draws: int = 200, 
     >>> control.observed, int(control.within.max()), int(control.between.min())
     (2, 0, 2)
     """
-    first, second, _ = check_predictions(None, None, original=original, compressed=compressed)
-    replicas = len(first)
+    first, second, classes = check_predictions(None, None, original=original, compressed=compressed)
+    replicas, images = first.shape
     if first.shape != second.shape or replicas < 2:
         raise ValueError(
             f"the control needs at least two seeds, the same in both populations; got {replicas} originals and "
@@ -172,6 +175,10 @@ def exemplar_control(original: Tensor, compressed: Tensor, *, draws: int = 200, 
         )
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be an integer of at least 1, got {draws!r}")
+
+    def apart(a: Tensor, b: Tensor) -> int:
+        return int((_counts(a, classes) - _counts(b, classes)).abs().sum())
+
     generator = torch.Generator().manual_seed(seed)
     within, between, shuffled = [], [], []
     for _ in range(draws):
@@ -180,11 +187,17 @@ def exemplar_control(original: Tensor, compressed: Tensor, *, draws: int = 200, 
         within.append(len(find_exemplars(first[one], first[other])))
         between.append(len(find_exemplars(first[one], second[other])))
         swap = torch.rand(replicas, 1, generator=generator) < 0.5
-        shuffled.append(len(find_exemplars(torch.where(swap, second, first), torch.where(swap, first, second))))
-    observed = len(find_exemplars(first, second))
-    reached = sum(count >= observed for count in shuffled)
+        shuffled.append(apart(torch.where(swap, second, first), torch.where(swap, first, second)))
+    # Whole numbers until here, so that a shuffle that swaps nothing, or all, is a tie and not rounding.
+    p_value = (1 + sum(value >= apart(first, second) for value in shuffled)) / (1 + draws)
+    share = 2 * replicas * images
     return ExemplarControl(
-        observed, torch.tensor(within), torch.tensor(between), torch.tensor(shuffled), (1 + reached) / (1 + draws)
+        observed=len(find_exemplars(first, second)),
+        within=torch.tensor(within),
+        between=torch.tensor(between),
+        distance=apart(first, second) / share,
+        shuffled=torch.tensor(shuffled, dtype=torch.float64) / share,
+        p_value=p_value,
     )
 
 
