@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-__all__ = ["COLORS", "band", "dots", "family_tree", "interval_bars", "show", "use_style"]
+__all__ = ["COLORS", "band", "dots", "family_tree", "heat_map", "interval_bars", "show", "use_style"]
 
 COLORS = {
     "black": "#000000",
@@ -125,3 +125,23 @@ def family_tree(root: str, branches: dict[str, tuple[str, list[str]]], note: str
             box(x + dx, 1.4, leaf, color)
     ax.text(6.0, 0.5, note, ha="center", fontsize=10, style="italic")
     return figure
+
+
+def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) -> None:
+    """Draw ``values`` [rows, columns] as coloured cells with their numbers, the largest marked by a star.
+
+    Raises:
+        ValueError: ``values`` is no table with one row and one column for each label.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"values must have shape ({len(rows)}, {len(columns)}) to fit the labels, got {values.shape}")
+    ax.imshow(values, cmap="cividis", aspect="auto")
+    middle = (values.min() + values.max()) / 2
+    for place, value in np.ndenumerate(values):
+        star = " ★" if best and place == np.unravel_index(values.argmax(), values.shape) else ""
+        ink = "white" if value < middle else "black"
+        ax.text(place[1], place[0], f"{value:{fmt}}{star}", ha="center", va="center", color=ink)
+    ax.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
+    ax.set_yticks(range(len(rows)), [f"{r:g}" if isinstance(r, float) else r for r in rows])
+    ax.grid(False)

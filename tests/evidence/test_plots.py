@@ -63,3 +63,18 @@ def test_show_stores_the_alternative_text_and_closes(monkeypatch):
     assert not plt.fignum_exists(figure.number)
     with pytest.raises(ValueError, match="alt must be a sentence"):
         plots.show(figure, alt="figure")
+
+
+def test_heat_map_writes_every_value_and_stars_the_largest(ax):
+    plots.heat_map(ax, [[1.0, 2.0, 0.5], [4.0, 3.0, 2.5]], [0.0, 0.5], ["a", "b", "c"])
+    written = {text.get_position(): text.get_text() for text in ax.texts}
+    assert written == {(0, 0): "1.0", (1, 0): "2.0", (2, 0): "0.5", (0, 1): "4.0 ★", (1, 1): "3.0", (2, 1): "2.5"}
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "0.5"]
+    inks = {text.get_text(): text.get_color() for text in ax.texts}
+    assert (inks["0.5"], inks["4.0 ★"]) == ("white", "black")
+
+
+def test_heat_map_refuses_a_table_that_does_not_fit(ax):
+    with pytest.raises(ValueError, match=r"shape \(1, 2\) to fit the labels, got \(2, 1\)"):
+        plots.heat_map(ax, [[1.0], [2.0]], ["r"], ["a", "b"])
