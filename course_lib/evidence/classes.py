@@ -46,9 +46,10 @@ def class_accuracy(
 
     R replicas that answer the same n images are not R·n independent answers: what one gets wrong, the others mostly get
     wrong too. Wilson's formula is therefore given the number of independent answers that carry as much, R·n divided by
-    the design effect 1 + (R − 1)·ρ, where ρ is the correlation between two replicas' answers to one image (one-way
-    analysis of variance, kept within [0, 1]; 1 where all answers are the same). The images are the sample: the interval
-    is about other images, for replicas such as these.
+    the design effect 1 + (R − 1)·ρ, where ρ is the correlation between two replicas' answers to one image of a class.
+    It comes from one analysis of variance over all classes, for a single class has too few errors to tell; it is kept
+    within [0, 1], and is 1 where no two replicas ever differ. The images are the sample: the interval is about other
+    images, for replicas such as these.
 
     Args:
         predicted: int64 ``[N]``, one model's labels, or ``[R, N]``, one row a replica. For an interval a model, call it
@@ -59,7 +60,8 @@ def class_accuracy(
         clustered: ``False`` takes all R·n answers for independent, which makes intervals too narrow.
 
     Returns:
-        K intervals within [0, 1]; their ``n`` is the number of images in the class.
+        K intervals within [0, 1]; their ``n`` is the number of images in the class. Near 0 and 1 they are lopsided, so
+        quote ``low`` and ``high``, not ``mean ± half_width``.
 
     Raises:
         TypeError: not int64 tensors.
@@ -74,10 +76,11 @@ def class_accuracy(
     """
     predicted, labels, classes = check_predictions(labels, num_classes, predicted=predicted)
     right = (predicted == labels).double()
+    groups = [right[:, members] for members in _members(labels, classes)]
+    effect = _design_effect(groups) if clustered else 1.0
     found = []
-    for members in _members(labels, classes):
-        answers = right[:, members]
-        trials = answers.numel() / (_design_effect(answers) if clustered else 1.0)
+    for answers in groups:
+        trials = answers.numel() / effect
         low, high = _wilson(float(answers.mean()), trials, level)
         found.append(Interval(float(answers.mean()), low, high, level, answers.shape[1]))
     return found
@@ -237,16 +240,16 @@ def _members(labels: Tensor, classes: int) -> list[Tensor]:
     return [(labels == index).nonzero().flatten() for index in range(classes)]
 
 
-def _design_effect(answers: Tensor) -> float:
-    """Of 0/1 answers [R, n]: 1 where replicas are independent, R where they always agree."""
-    replicas, images = answers.shape
+def _design_effect(groups: list[Tensor]) -> float:
+    """Of 0/1 answers [R, n] by class: 1 where replicas err independently, R where they always agree."""
+    replicas, images = groups[0].shape[0], sum(answers.shape[1] for answers in groups)
     if replicas == 1:
         return 1.0
-    means = answers.mean(dim=0)
-    within = float((answers - means).pow(2).sum()) / (images * (replicas - 1))
-    if within == 0 or images == 1:
+    within = sum(float((a - a.mean(dim=0)).pow(2).sum()) for a in groups) / (images * (replicas - 1))
+    if within == 0 or images == len(groups):
         return float(replicas)
-    between = replicas * float((means - means.mean()).pow(2).sum()) / (images - 1)
+    spread = sum(float((a.mean(dim=0) - a.mean()).pow(2).sum()) for a in groups)
+    between = replicas * spread / (images - len(groups))
     correlation = (between - within) / (between + (replicas - 1) * within)
     return 1 + (replicas - 1) * max(correlation, 0.0)
 

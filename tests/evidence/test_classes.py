@@ -17,7 +17,7 @@ def population(replicas=8, images=120, classes=4, error=0.2, seed=0, shared=0.0)
     labels = torch.arange(images) % classes
     wrong = torch.rand(replicas, images, generator=g) < error
     wrong |= (torch.rand(images, generator=g) < shared)[None]
-    return torch.where(wrong, (labels + 1) % classes, labels.expand(replicas, -1)), labels
+    return torch.where(wrong, (labels + 1) % max(classes, 2), labels.expand(replicas, -1)), labels
 
 
 def test_one_model_has_wilsons_interval_and_torchmetrics_shares():
@@ -45,6 +45,31 @@ def test_replicas_that_always_agree_are_one_model():
         class_accuracy(predicted, labels), class_accuracy(predicted.expand(9, -1), labels), strict=True
     ):
         assert (one.low, one.high) == pytest.approx((many.low, many.high), abs=1e-12)
+
+
+def test_a_class_with_fewer_errors_has_no_wider_interval():
+    """The correlation comes from all classes: one without an error borrows it from the others."""
+    predicted, labels = population(replicas=8, shared=0.1, error=0.05)
+    for errors in (0, 1):
+        predicted[:, labels == 2] = 2
+        predicted[:errors, 2] = 3
+        found = class_accuracy(predicted, labels)
+        widths = [interval.half_width for interval in sorted(found, key=lambda i: -i.mean)]
+        assert widths == sorted(widths)
+    naive = class_accuracy(predicted, labels, clustered=False)
+    assert all(a.half_width > 1.3 * b.half_width for a, b in zip(found, naive, strict=True))
+
+
+def test_the_correlation_is_that_of_an_analysis_of_variance():
+    predicted, labels = population(replicas=5, shared=0.2, error=0.1, classes=1)
+    right = (predicted == labels).numpy().astype(float)
+    means = right.mean(axis=0)
+    f = stats.f_oneway(*right.T).statistic  # images as groups, replicas within
+    rho = (f - 1) / (f - 1 + 5)
+    (found,) = class_accuracy(predicted, labels)
+    share, n, z = means.mean(), 5 * 120 / (1 + 4 * rho), stats.norm.ppf(0.975)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    assert found.half_width == pytest.approx(half, rel=1e-9)
 
 
 def test_the_clustered_interval_covers_and_the_naive_one_does_not():
