@@ -29,7 +29,8 @@ def draw_labels(split: Split, count: int, classes: int, *, seed: int) -> Tensor:
     """
     if classes < 1 or count < 1 or count % classes:
         raise ValueError(f"count must be a positive multiple of the {classes} classes, got {count}")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    # A stream of its own: with the plain seed, the draw would be the first epoch's order of the same replica.
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed((seed * 1_000_003 + 999_983) % 2**63))
     drawn = [order[split.labels[order] == k][: count // classes] for k in range(classes)]
     for k, part in enumerate(drawn):
         if len(part) < count // classes:

@@ -56,9 +56,20 @@ def test_python_commands_of_the_readme_exist():
         assert main([command, "--help"]) == 0
 
 
+def test_the_readme_shows_what_the_stored_chapters_measured():
+    from course_lib.classroom.readme import refresh_readme
+
+    assert refresh_readme(ROOT, ROOT / "notebooks", check=True) == [], "make readme brings it up to date"
+
+
+def test_the_readme_leads_to_every_chapter():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"(notebooks/{path.name})" in README, path.name
+
+
 def test_make_alone_prints_every_target():
     shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ["setup", "course", "test", "lint", "format", "notebooks", "lab", "bench", "lock", "clean"]:
+    for target in ["setup", "course", "test", "lint", "format", "notebooks", "readme", "lab", "bench", "lock", "clean"]:
         assert re.search(rf"^  make {target} +\S", shown, re.M), target
 
 

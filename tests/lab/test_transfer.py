@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from course_lib.lab.data import Split
+from course_lib.lab.loop import epoch_batches
 from course_lib.lab.models import build_model
 from course_lib.lab.training import TrainConfig, evaluate, fit
 from course_lib.lab.transfer import answer_table, draw_labels, label_mask, teach
@@ -26,6 +27,15 @@ def test_labels_are_drawn_in_equal_shares_by_the_seed(pool):
     assert len(set(drawn.tolist())) == 9
     assert torch.equal(drawn, draw_labels(pool, 9, 3, seed=1))
     assert not torch.equal(drawn, draw_labels(pool, 9, 3, seed=2))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1000])
+def test_the_draw_is_not_the_order_of_an_epoch(pool, seed):
+    drawn = set(draw_labels(pool, 12, 3, seed=seed).tolist())
+    for epoch in range(3):
+        (order,) = epoch_batches(24, 24, seed, epoch)
+        balanced = [order[pool.labels[order] == k][:4] for k in range(3)]
+        assert drawn != set(torch.cat(balanced).tolist())
 
 
 @pytest.mark.parametrize(
