@@ -1,0 +1,61 @@
+"""Files that are whole or absent, folders for what may be made again, and a fingerprint of source code."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["cache_folder", "source_hash", "write_file"]
+
+
+def write_file(path: str | os.PathLike, data: bytes) -> Path:
+    """Write ``data`` to ``path`` in one piece: a reader sees the old file or the new one, never half of one.
+
+    The file gets the mode that the umask gives to new files, so that a shared folder stays readable for a class.
+
+    Raises:
+        OSError: the file cannot be written; the text names it, and nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.parent / f".{uuid.uuid4().hex}.partial"
+    try:
+        with os.fdopen(
+            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb"
+        ) as file:
+            file.write(data)
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+    return path
+
+
+def source_hash(*sources: ModuleType | str | os.PathLike) -> str:
+    """A sha256 over the source of modules and packages, given themselves or as paths, in any order.
+
+    Raises:
+        OSError: a source that is not there.
+
+    >>> import json, csv
+    >>> source_hash(json, csv) == source_hash(csv, json), source_hash(json) == source_hash(csv)
+    (True, False)
+    """
+    files = set()
+    for source in sources:
+        path = Path(source.__file__ if isinstance(source, ModuleType) else source).resolve()
+        folder = path.parent if path.name == "__init__.py" else path
+        files |= set(folder.rglob("*.py")) if folder.is_dir() else {path}
+    parts = sorted((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder ``kind`` in ``$COURSE_CACHE`` or the user's cache, such as ``"checkpoints"``; it may not exist yet."""
+    if os.environ.get("COURSE_CACHE"):
+        return Path(os.environ["COURSE_CACHE"]).expanduser().absolute() / kind
+    from platformdirs import user_cache_path
+
+    return user_cache_path("compression-course", appauthor=False) / kind
