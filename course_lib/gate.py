@@ -14,21 +14,18 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "UnsupportedModel",
-    "check_model",
     "chain_steps",
+    "check_model",
     "copy_model",
     "eval_mode",
     "new_like",
     "replace_layers",
     "weight_layers",
 ]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 class UnsupportedModel(ValueError):
@@ -39,11 +36,11 @@ class UnsupportedModel(ValueError):
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode inside the block; afterwards every submodule is back in the mode that it had.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval()).train()
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
     >>> with eval_mode(model):
     ...     model[0].training
     False
-    >>> model.training, model[1].training
+    >>> model[0].training, model[1].training
     (True, False)
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -56,48 +53,52 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def check_model(model: nn.Module, doing: str = "copy", *, hooks: bool = True) -> None:
-    """Refuse what torch wraps around a model and what a deep copy would share or lose; see :func:`copy_model`.
-
-    Raises:
-        TypeError: not a module.
-        UnsupportedModel: names the module, and how to make it an ordinary one.
-    """
+def check_model(model: nn.Module, doing: str = "copy") -> None:
+    """Refuse what torch wraps around a model and what a deep copy would share or lose; see :func:`copy_model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        here = f"cannot {doing} {_named(name, module)}"
-        if type(module).__name__ == "OptimizedModule":
-            raise UnsupportedModel(f"{here}: torch.compile wraps it; give model._orig_mod, and compile what comes out")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModel(f"{here}: TorchScript has no Python layers; give the module that was scripted")
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise UnsupportedModel(f"{here}: it is spread over devices; give model.module, and wrap what comes out")
-        # torch.nn.utils.prune and weight_norm leave a plain tensor where the parameter was, renewed by a hook.
-        plain = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
-        if nn.utils.parametrize.is_parametrized(module) or (plain and module._forward_pre_hooks):
-            raise UnsupportedModel(
-                f"{here}: its {plain[0] if plain else next(iter(module.parametrizations))} is no plain parameter but "
-                "computed by a parametrization; make it permanent first (torch.nn.utils.prune.remove(layer, 'weight') "
-                "or torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'))"
-            )
-        for key, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise UnsupportedModel(f"{here}: its {key} has no shape yet (a lazy layer); run the model once first")
-            if hooks and (parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)):
-                raise UnsupportedModel(f"{here}: a hook on its {key} would be lost; take it off (handle.remove())")
-        if hooks and any(getattr(module, kind, None) for kind in _HOOKS):
-            raise UnsupportedModel(
-                f"{here}: it has a hook, which in a copy would still write into this model's objects; "
-                "take it off first (handle.remove()) and hang it on what comes out"
-            )
-        for key, part, by_function in _held(module):
-            if by_function:
-                raise UnsupportedModel(
-                    f"{here}: its attribute {key!r} is a function that holds a {type(part).__name__}, which a copy "
-                    "would share with this model; make it a method, or a registered submodule"
-                )
+    for name, module in model.named_modules():
+        if fault := computed(module) or _wrapped(module) or _hooked(module):
+            raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: {fault}")
+
+
+def computed(module: nn.Module) -> str:
+    """Why a weight of this module is no plain parameter, or an empty text."""
+    plain = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
+    # torch.nn.utils.prune and weight_norm leave a plain tensor where the parameter was, and renew it by a hook.
+    if nn.utils.parametrize.is_parametrized(module) or (plain and module._forward_pre_hooks):
+        return (
+            f"its {plain[0] if plain else next(iter(module.parametrizations))} is no plain parameter but computed by a "
+            "parametrization; make it permanent first (torch.nn.utils.prune.remove(layer, 'weight') or "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'))"
+        )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+        return "its weight has no shape yet (a lazy layer); run the model once first"
+    return ""
+
+
+def _wrapped(module: nn.Module) -> str:
+    if type(module).__name__ == "OptimizedModule":
+        return "torch.compile wraps it; give model._orig_mod, and compile what comes out"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript has no Python layers; give the module that was scripted"
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "it is spread over devices; give model.module, and wrap what comes out"
+    return ""
+
+
+def _hooked(module: nn.Module) -> str:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind, None) for kind in kinds):
+        return "its hook would still write into this model's objects from a copy; take it off first (handle.remove())"
+    for key, p in module.named_parameters(recurse=False):
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            return f"a copy would lose the hook on its {key}; take it off first (handle.remove())"
+    for key, part, by_function in _kept_beside(module):
+        if by_function:
+            what = f"its attribute {key!r} is a function that holds a {type(part).__name__}"
+            return f"{what}, which a copy would share with this model; make it a method or a registered submodule"
+    return ""
 
 
 def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:
@@ -120,7 +121,7 @@ def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:
     check_model(model, doing)
     try:
         return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:  # a computed tensor or a lock kept as an attribute
+    except (RuntimeError, TypeError) as error:  # a computed tensor, or a lock, kept as an attribute
         reason = str(error).splitlines()[0]
         raise UnsupportedModel(f"cannot {doing} this {type(model).__name__}: deepcopy says {reason!r}") from error
 
@@ -156,8 +157,6 @@ def replace_layers(
             never calls (attention), unless it is in ``skip``.
         ValueError: a name in ``skip`` that does not exist.
     """
-    if isinstance(skip, str):
-        raise TypeError(f"skip must be a collection of names such as ({skip!r},), got a string")
     model = copy_model(model, doing)
     layers = {name: layer for name, layer in weight_layers(model).items() if not _within(name, skip)}
     _refuse_left_out(model, layers, skip, doing)
@@ -171,7 +170,7 @@ def replace_layers(
     return new.get(model, model)
 
 
-def new_like(layer: nn.Module, kind: type, weight: torch.Tensor, **options) -> nn.Module:
+def new_like(layer: nn.Module, kind: type, weight: Tensor, **options) -> nn.Module:
     """A ``kind`` with the sizes and bias of a Linear or Conv2d ``layer``, and ``weight`` if it has such a parameter."""
     options = {"bias": layer.bias is not None, "device": weight.device, "dtype": weight.dtype, **options}
     if isinstance(layer, nn.Conv2d):
@@ -179,10 +178,10 @@ def new_like(layer: nn.Module, kind: type, weight: torch.Tensor, **options) -> n
         new = kind(*sizes, layer.dilation, layer.groups, padding_mode=layer.padding_mode, **options)
     else:
         new = kind(layer.in_features, layer.out_features, **options)
-    with torch.no_grad():
-        for name, value in (("weight", weight), ("bias", layer.bias)):
-            if new._parameters.get(name) is not None:  # a layer that makes its weight may have no such parameter
-                new._parameters[name].copy_(value).requires_grad_(layer._parameters[name].requires_grad)
+    for name, value in (("weight", weight), ("bias", layer.bias)):
+        if new._parameters.get(name) is not None:  # a layer that makes its weight may have no such parameter
+            new._parameters[name].data.copy_(value.detach())
+            new._parameters[name].requires_grad_(name not in layer._parameters or layer._parameters[name].requires_grad)
     return new
 
 
@@ -190,29 +189,24 @@ def chain_steps(model: nn.Module, doing: str = "convert") -> list[tuple[str, nn.
     """The steps of a chain in order, nested ``nn.Sequential`` opened, a module used twice listed twice.
 
     Raises:
-        UnsupportedModel: what :func:`check_model` refuses, a module that is no ``nn.Sequential`` but has children, or
-            one with a forward of its own.
+        UnsupportedModel: what :func:`check_model` refuses; a module that is no ``nn.Sequential`` but has children, or
+            has a forward of its own.
 
     >>> relu = nn.ReLU()
     >>> [name for name, _ in chain_steps(nn.Sequential(nn.Linear(2, 2), relu, nn.Sequential(nn.Linear(2, 2), relu)))]
     ['0', '1', '2.0', '2.1']
     """
     check_model(model, doing)
-    if not isinstance(model, nn.Sequential):
-        raise UnsupportedModel(f"cannot {doing} a {type(model).__name__}: a chain of layers (nn.Sequential) is needed")
 
     def steps(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if _own_forward(module):
-            raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: its forward is its own, not torch.nn's")
-        if isinstance(module, nn.Sequential):
-            for key, child in module._modules.items():
-                yield from steps(f"{name}.{key}".lstrip("."), child)
-        elif module._modules:
-            raise UnsupportedModel(
-                f"cannot {doing} {_named(name, module)}: a plain layer or an nn.Sequential is needed"
-            )
-        else:
+        chain = isinstance(module, nn.Sequential)
+        if _own_forward(module) or (not chain and (module._modules or module is model)):
+            need = "a chain of torch.nn layers (nn.Sequential) is needed, without a forward of its own"
+            raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: {need}")
+        if not chain:
             yield name, module
+        for key, child in module._modules.items():
+            yield from steps(f"{name}.{key}" if name else key, child)
 
     return list(steps("", model))
 
@@ -223,7 +217,7 @@ def _named(name: str, module: nn.Module) -> str:
 
 def _own_forward(module: nn.Module) -> bool:
     """Does the module compute otherwise than torch.nn's (or the course's) class of its kind?"""
-    owner = next((c for c in type(module).__mro__ if {"forward", "_conv_forward"} & vars(c).keys()), nn.Module)
+    owner = next(c for c in type(module).__mro__ if {"forward", "_conv_forward"} & vars(c).keys())
     return "forward" in vars(module) or not owner.__module__.startswith(("torch.nn.", "course_lib."))
 
 
@@ -231,109 +225,98 @@ def _within(name: str, skip: Collection[str]) -> bool:
     return any(name == s or name.startswith(f"{s}.") for s in skip)
 
 
-def _refuse_left_out(model: nn.Module, layers: dict, skip: Collection[str], doing: str) -> None:
+def _refuse_left_out(model: nn.Module, layers: dict[str, nn.Module], skip: Collection[str], doing: str) -> None:
     """Refuse every weight that a conversion of ``layers`` would leave out, or convert without effect."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if unknown := set(skip) - modules.keys() - parameters.keys():
-        raise ValueError(f"skip has names that are not in the model: {sorted(unknown)} (layers: {sorted(layers)})")
-    for name, module in modules.items():
-        here, advice = f"cannot {doing} {_named(name, module)}", f"; name it in skip to leave it as it is ({name!r})"
-        inside = [layer for layer in module.modules() if layer in layers.values()]
-        if _within(name, skip) or module in layers.values():
+    known, wanted = dict(model.named_modules(remove_duplicate=False)), set(layers.values())
+    names = known.keys() | dict(model.named_parameters(remove_duplicate=False)).keys()
+    if isinstance(skip, str) or not names >= set(skip):
+        raise ValueError(f"skip must be a collection of names in the model, got {skip!r} (layers: {', '.join(layers)})")
+    for name, module in known.items():
+        if module in wanted or _within(name, skip):
             continue
+        fault, inside = "", wanted.intersection(module.modules())
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            raise UnsupportedModel(f"{here}: its forward is its own, which a converted layer would not run{advice}")
-        if inside and _reads_weight(type(module).forward, type(module), set()):
-            raise UnsupportedModel(f"{here}: it reads the weights of its layers instead of calling them{advice}")
-        for key, part, _ in _held(module):
-            if part in inside or part in layers.values():
-                raise UnsupportedModel(f"{here}: its plain attribute {key!r} keeps a layer beside the registered ones")
-        for key, parameter in () if isinstance(module, _NORMS) else module._parameters.items():
-            full = f"{name}.{key}".lstrip(".")
-            if parameter is not None and parameter.dim() > 1 and parameter.numel() > max(parameter.shape):
-                if full not in skip:
-                    raise UnsupportedModel(f"{here}: its {key} would stay as it is; name {full!r} in skip if it may")
+            fault = "it has a forward of its own, which would be thrown away"
+        elif inside and _reads_weight(type(module).forward, type(module), set()):
+            fault = "its forward reads the weights of its layers instead of calling them"
+        elif beside := [key for key, part, _ in _kept_beside(module) if part in wanted]:
+            fault = f"its plain attribute {beside[0]!r} keeps a layer that would not be converted"
+        elif not isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)):
+            for key, p in module.named_parameters(name, recurse=False):
+                if p.dim() > 1 and p.numel() > max(p.shape) and key not in skip:
+                    fault = f"{key!r} would stay as it is, this kind of layer is not known"
+                    name = name if name and not module._modules else key
+        if fault:
+            advice = f"; to leave it on purpose: skip=({name!r},)" if name else ""
+            raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: {fault}{advice}")
 
 
 def _tie(model: nn.Module, new: dict[nn.Module, nn.Module], doing: str) -> None:
     """Share between new layers what the old ones shared."""
-    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    first: dict[nn.Parameter, nn.Module] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is None or first.setdefault(parameter, (module, key)) == (module, key):
-                continue
-            old, old_key = first[parameter]
+            old = module if parameter is None else first.setdefault(parameter, module)
             a, b = new.get(old, old), new.get(module, module)
-            if a is old and b is module:
+            if a is b or (a is old and b is module):
                 continue
-            # What a layer holds in place of the shared parameter: the same name, or names that it did not have before.
-            pairs = [(old_key, key)] if old_key in a._parameters and key in b._parameters else []
-            pairs = pairs or [(k, k) for k in b._parameters if k in a._parameters and k not in module._parameters]
-            if not pairs or any(not _equal(a._parameters[i], b._parameters[j]) for i, j in pairs):
-                raise UnsupportedModel(
-                    f"cannot {doing} {_named(name, module)}: it shares its {key} with another layer and could not any "
-                    "more; treat both alike, or untie them first (layer.weight = nn.Parameter(layer.weight.clone()))"
-                )
-            for i, j in pairs:
-                b._parameters[j] = a._parameters[i]
-            for k in b._buffers.keys() & a._buffers.keys() - module._buffers.keys():
-                if b._buffers[k] is not None and b._buffers[k].numel() > 1 and _equal(a._buffers[k], b._buffers[k]):
-                    b._buffers[k] = a._buffers[k]
+            # In place of the shared parameter stands one of the same name, or what the layer did not have before.
+            keys = {key} if key in b._parameters else b._parameters.keys() - module._parameters.keys()
+            if not keys or not all(_equal(a._parameters.get(k), b._parameters[k]) for k in keys):
+                cure = "treat both alike, or untie them first (layer.weight = nn.Parameter(layer.weight.clone()))"
+                raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: its {key} is shared, {cure}")
+            b._parameters.update({k: a._parameters[k] for k in keys})
+            made = [k for k in b._buffers.keys() - module._buffers.keys() if _equal(a._buffers.get(k), b._buffers[k])]
+            b._buffers.update({k: a._buffers[k] for k in made if b._buffers[k].numel() > 1})  # not an input's scale
 
 
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _reads_weight(function: object, owner: type, seen: set) -> bool:
-    """Does a forward (or a method that it calls) use ``layer.weight`` other than for its shape or device?"""
-    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    """Does a forward (or a method that it calls) use ``layer.weight`` for more than its shape, type or device?"""
+    code = getattr(function, "__code__", None)
     if code is None or code in seen:
         return False
     seen.add(code)
-    steps = list(dis.get_instructions(code))
-    for before, step, after in zip([None, *steps], steps, [*steps[1:], None], strict=False):
-        if step.argval == "weight" and step.opname == "LOAD_ATTR":
-            harmless = after is not None and after.argval in ("device", "dtype", "shape", "size")
-            if not harmless and (before is None or before.argval != "self"):
-                return True
-    return any(_reads_weight(getattr(owner, name, None), owner, seen) for name in code.co_names if name != "__init__")
+    steps = [step.argval for step in dis.get_instructions(code)]
+    for before, step, after in zip(["", *steps], steps, [*steps[1:], ""], strict=False):
+        if step == "weight" and before != "self" and after not in ("device", "dtype", "shape", "size"):
+            return True
+    return any(_reads_weight(getattr(owner, name, None), owner, seen) for name in code.co_names)
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
-    """(attribute, module or parameter, is it held by a function) of what plain attributes keep, however deep."""
+def _kept_beside(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
+    """(attribute, module or parameter, does a function hold it) of all that plain attributes keep, however deep."""
     seen: set[int] = set()
 
-    def within(value: object, by_function: bool) -> Iterator[tuple[object, bool]]:
+    def within(value: object, by_function: bool = False) -> Iterator[tuple[object, bool]]:
         if isinstance(value, (nn.Module, nn.Parameter)):
             yield value, by_function
-        if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, str, bytes)) or id(value) in seen:
+        if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, str)) or id(value) in seen:
             return
         seen.add(id(value))
-        if isinstance(value, types.FunctionType):  # copy.deepcopy leaves functions and weak references as they are
+        parts = list(getattr(value, "__dict__", {}).values())
+        if isinstance(value, (types.FunctionType, weakref.ref)):  # what copy.deepcopy does not copy
+            by_function = True
+        if isinstance(value, types.FunctionType):
             names = inspect.getclosurevars(value)
-            direct = [v for v in names.globals.values() if not callable(v) or isinstance(v, nn.Module)]
-            parts, by_function = [*names.nonlocals.values(), *direct, *(value.__defaults__ or ())], True
+            parts += [v for v in names.globals.values() if not isinstance(v, types.FunctionType)]
+            parts += [*names.nonlocals.values(), *(value.__defaults__ or ())]
         elif isinstance(value, weakref.ref):
-            parts, by_function = [value()], True
+            parts = [value()]
         elif isinstance(value, types.MethodType):
             parts = [value.__self__, value.__func__]
         elif isinstance(value, functools.partial):
-            parts = [value.func, value.args, value.keywords]
-        elif isinstance(value, dict):
-            parts = list(value.values())
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            parts = list(value)
-        else:
-            parts = list(getattr(value, "__dict__", {}).values())
+            parts += [value.func, value.args, value.keywords]
+        elif isinstance(value, (dict, list, tuple, set)):
+            parts += value.values() if isinstance(value, dict) else value
         for part in parts:
             yield from within(part, by_function)
 
-    for key, value in vars(module).items():
-        if not key.startswith("_") or key not in _INTERNAL:
-            for part, by_function in within(value, False):
-                yield key, part, by_function
-
-
-_INTERNAL = frozenset(vars(nn.Module()))
+    if not type(module).__module__.startswith("torch."):  # torch's own classes know how to be copied
+        internal = vars(nn.Module()).keys()
+        for key, value in vars(module).items():
+            if key not in internal:
+                yield from ((key, *found) for found in within(value))
