@@ -1,14 +1,15 @@
-"""The claims ledger: a chapter's sentences that carry a number, each with what was measured and whether it holds."""
+"""The claims ledger: a lesson's sentences that carry a number, each with what was measured and whether it holds."""
 
 import html
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+
+from course_lib.evidence.statistics import Verdict
 
 __all__ = ["MIME", "Claim", "ClaimFailed", "Ledger"]
 
 MIME = "application/vnd.compression-course.claims+json"
-DEFAULT_DATASET = "digits"
-DEFAULT_PROFILE = "quick"
-MARKS = {"holds": "✓ holds", "fails": "✗ fails", "not here": "– does not hold here"}
+DEFAULT_DATASET, DEFAULT_PROFILE = "digits", "quick"
+MARKS = {"holds": "✓", "fails": "✗", "not here": "–"}
 
 
 class ClaimFailed(AssertionError):
@@ -17,105 +18,124 @@ class ClaimFailed(AssertionError):
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence and what became of it.
+    """One sentence and what became of it; in a notebook it shows itself and stores its numbers.
 
     ``status`` is ``"holds"``, ``"fails"`` (false where the sentence is promised: the default data set and profile) or
-    ``"not here"`` (false on another data set, profile or processor: a lesson, not an error).
+    ``"not here"`` (false on another data set, profile or processor: a lesson, not an error). ``verdict`` is
+    ``"held"``, ``"not"`` or ``"undecided"``. ``expected`` names what the literature expects and was not seen.
+    ``parts`` has one dict an interval: value, low, high, n, relation, bound, unit.
     """
 
     id: str
-    chapter: str
+    lesson: str
     sentence: str
     holds: bool
-    measured: str
+    verdict: str
     status: str
+    measured: str
     dataset: str
     profile: str
+    seed: int = 0
     note: str = ""
+    expected: str = ""
+    parts: tuple[dict, ...] = field(default=())
 
-    def _repr_html_(self) -> str:
-        return (
-            f"<p><b>{MARKS[self.status]}</b> · {html.escape(self.sentence)} <i>({html.escape(self.measured)})</i></p>"
-        )
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        remark = f"; {self.note}" if self.note else ""
+        aside = f" Expected, not seen: {self.expected}." if self.expected else ""
+        where = " (does not hold here)" if self.status == "not here" else ""
+        text = f"{MARKS[self.status]} {self.sentence}{where}"
+        return {
+            MIME: {"claims": [asdict(self)]},
+            "text/html": f"<p><b>{MARKS[self.status]}</b> {html.escape(self.sentence)}{where}{html.escape(aside)} "
+            f"<i>{html.escape(self.measured + remark)}</i></p>",
+            "text/plain": f"{text}{aside} [{self.measured}{remark}]",
+        }
 
 
 class Ledger:
-    """Collects a chapter's claims; :meth:`close` in its last cell shows the table and fails the run if one is false.
+    """Collects a lesson's claims. A claim that is made again under its id replaces the earlier one.
 
     Args:
-        chapter: such as ``"01"``.
-        dataset, profile: what this run is on. A false claim fails only on ``digits`` with the ``quick`` profile.
+        lesson: such as ``"02.1"``.
+        dataset, profile, seed: what this run is on. A false claim fails on ``digits`` with the ``quick`` profile only.
 
     >>> ledger = Ledger("00", dataset="mnist")
-    >>> ledger.claim("00.sum", "Two and two make four.", holds=2 + 2 == 4, measured=4).status
+    >>> ledger.claim("00.sum", "Two and two make four.", 2 + 2 == 4, measured=4).status
     'holds'
-    >>> ledger.claim("00.five", "Two and two make five.", holds=2 + 2 == 5, measured=4).status
+    >>> ledger.claim("00.five", "Two and two make five.", 2 + 2 == 5, measured=4).status
     'not here'
     """
 
-    def __init__(self, chapter: str, *, dataset: str = DEFAULT_DATASET, profile: str = DEFAULT_PROFILE):
-        self.chapter, self.dataset, self.profile = str(chapter), dataset, profile
-        self.claims: list[Claim] = []
+    def __init__(self, lesson: str, *, dataset: str = DEFAULT_DATASET, profile: str = DEFAULT_PROFILE, seed: int = 0):
+        self.lesson, self.dataset, self.profile, self.seed = str(lesson), dataset, profile, int(seed)
+        self._claims: dict[str, Claim] = {}
+
+    @property
+    def claims(self) -> list[Claim]:
+        """The claims in the order in which they were first made."""
+        return list(self._claims.values())
 
     def claim(
-        self, id: str, sentence: str, *, holds: bool, measured: object, hardware: str = "", here: bool = True
+        self,
+        id: str,
+        sentence: str,
+        holds: Verdict | bool,
+        *,
+        measured: object = None,
+        expected: str = "",
+        hardware: str = "",
+        here: bool = True,
     ) -> Claim:
         """Record one claim.
 
         Args:
-            id: unique in the ledger; convention ``"<chapter>.<word>"``.
+            id: such as ``"02.sign-mask"``.
             sentence: the claim as a reader meets it.
-            holds: a bool, computed from measurements. (A 0-d tensor or a numpy bool is read as one.)
-            measured: the value, or a text with value and interval.
+            holds: a :class:`~course_lib.evidence.statistics.Verdict` such as ``cost > 10``, or a bool.
+            measured: for a bool: the value, or a text with it. A verdict knows its own.
+            expected: what the literature expects and this claim refutes, with its source.
             hardware: what the claim needs of the processor, if anything, such as ``"VNNI"``.
             here: whether this machine has it; where it has not, a false claim is reported instead of failing.
 
         Raises:
-            ValueError: an empty sentence or id, or an id given before. TypeError: ``holds`` is no truth value.
+            ValueError: an empty id or sentence, or an id that stands for another sentence already.
+            TypeError: ``holds`` is no truth value, or a bool without ``measured``.
         """
         if not id or not sentence.strip():
             raise ValueError(f"a claim needs an id and a sentence, got {id!r} and {sentence!r}")
-        if any(known.id == id for known in self.claims):
-            raise ValueError(f"the claim {id!r} is already in the ledger: ids are unique")
-        truth = holds.item() if hasattr(holds, "item") else holds
-        if not isinstance(truth, bool):
-            raise TypeError(f"holds must be a bool, got {type(holds).__name__} {holds!r}")
+        known = self._claims.get(id)
+        if known is not None and known.sentence != sentence:
+            raise ValueError(f"the id {id!r} stands for another sentence already: {known.sentence!r}")
+        parts, verdict = (), getattr(holds, "status", None)
+        if isinstance(holds, Verdict):
+            parts = tuple(
+                dict(value=i.mean, low=i.low, high=i.high, n=i.n, relation=relation, bound=bound, unit=i.unit)
+                for i, relation, bound in holds.parts
+            )
+            measured = holds.measured if measured is None else measured
+            truth = bool(holds)
+        else:
+            truth = holds.item() if hasattr(holds, "item") else holds
+            if not isinstance(truth, bool):
+                raise TypeError(f"holds must be a verdict such as `gain > 0`, or a bool; got {type(holds).__name__}")
+            if measured is None:
+                raise TypeError("a bool does not say what was measured: compare an Interval, or give measured=")
+            verdict = "held" if truth else "not"
         binding = self.dataset == DEFAULT_DATASET and self.profile == DEFAULT_PROFILE and here
         status = "holds" if truth else "fails" if binding else "not here"
         note = f"needs {hardware}" if hardware else ""
-        made = Claim(id, self.chapter, sentence, truth, str(measured), status, self.dataset, self.profile, note)
-        self.claims.append(made)
-        return made
+        about = (self.dataset, self.profile, self.seed, note, expected, parts)
+        self._claims[id] = Claim(id, self.lesson, sentence, truth, verdict, status, str(measured), *about)
+        return self._claims[id]
 
     def close(self) -> None:
-        """Show the table, which also stores it in the notebook for ``python -m course_lib claims``.
-
-        Raises:
-            ClaimFailed: at least one claim has the status ``"fails"``.
-            ValueError: the ledger is empty.
-        """
-        if not self.claims:
-            raise ValueError(f"the ledger of chapter {self.chapter} is empty: a chapter without a claim proves nothing")
-        from IPython.display import display
-
-        records = {"claims": [asdict(claim) for claim in self.claims]}
-        display({MIME: records, "text/html": self._repr_html_(), "text/plain": str(self)}, raw=True)
-        false = [claim for claim in self.claims if claim.status == "fails"]
+        """Raise :class:`ClaimFailed` if a claim has the status ``"fails"``; ValueError if there is none at all."""
+        if not self._claims:
+            raise ValueError(f"the ledger of lesson {self.lesson} is empty: a lesson without a claim proves nothing")
+        false = [f"  {c.id}: {c.sentence} (measured: {c.measured})" for c in self.claims if c.status == "fails"]
         if false:
-            lines = "\n".join(f"  {claim.id}: {claim.sentence} (measured: {claim.measured})" for claim in false)
-            raise ClaimFailed(f"{len(false)} of {len(self.claims)} claims do not hold:\n{lines}")
+            raise ClaimFailed(f"{len(false)} of {len(self._claims)} claims do not hold:\n" + "\n".join(false))
 
     def __str__(self) -> str:
-        width = max((len(claim.id) for claim in self.claims), default=0)
-        return "\n".join(f"{c.status:8} {c.id:{width}}  {c.sentence}  [{c.measured}]" for c in self.claims)
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:left;white-space:nowrap'>{MARKS[c.status]}</td>"
-            f"<td style='text-align:left'><code>{html.escape(c.id)}</code></td>"
-            f"<td style='text-align:left'>{html.escape(c.sentence)}</td>"
-            f"<td style='text-align:left'>{html.escape(c.measured)}{' (' + c.note + ')' if c.note else ''}</td></tr>"
-            for c in self.claims
-        )
-        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("", "claim", "sentence", "measured"))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return "\n".join(f"{c.status:8} {c.id}  {c.sentence}  [{c.measured}]" for c in self.claims)

@@ -1,23 +1,30 @@
 """Pictures in one style: colours that survive colour-blindness and a beamer, intervals drawn, and a text for each."""
 
+import base64
+import html
 import io
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["COLORS", "band", "dots", "family_tree", "heat_map", "interval_bars", "show", "use_style"]
+from course_lib.evidence.statistics import mean_interval
+
+__all__ = ["COLORS", "band", "heat_map", "plot_curves", "plot_scores", "show", "use_style"]
 
 COLORS = {
-    "black": "#000000",
     "blue": "#0072B2",
     "orange": "#E69F00",
     "green": "#009E73",
     "vermillion": "#D55E00",
-    "sky": "#56B4E9",
     "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "black": "#000000",
     "yellow": "#F0E442",
     "grey": "#7F7F7F",
 }
 """Okabe and Ito's palette (2008), and a grey for what only serves as a background."""
+
+MARKERS = "osD^vPX*"
 
 
 def use_style() -> None:
@@ -25,10 +32,9 @@ def use_style() -> None:
     import matplotlib as mpl
     from cycler import cycler
 
-    order = ("blue", "orange", "green", "vermillion", "purple", "sky", "black")
     mpl.rcParams.update(
         {
-            "axes.prop_cycle": cycler(color=[COLORS[name] for name in order]),
+            "axes.prop_cycle": cycler(color=list(COLORS.values())[:7]),
             "axes.grid": True,
             "axes.axisbelow": True,
             "axes.spines.top": False,
@@ -37,7 +43,7 @@ def use_style() -> None:
             "axes.labelsize": 11,
             "figure.constrained_layout.use": True,
             "figure.dpi": 90,
-            "figure.figsize": (7.0, 4.0),
+            "figure.figsize": (7.5, 3.6),
             "font.size": 10.5,
             "grid.alpha": 0.3,
             "legend.frameon": False,
@@ -47,7 +53,9 @@ def use_style() -> None:
 
 
 def show(figure, *, alt: str) -> None:
-    """Display ``figure`` as a PNG with the alternative text ``alt``, and close it.
+    """Display ``figure`` with the alternative text ``alt``, and close it.
+
+    It is stored as an HTML image: JupyterLab shows no alternative text of a bare PNG.
 
     Raises:
         ValueError: ``alt`` says next to nothing; a reader who cannot see the picture needs a sentence.
@@ -58,73 +66,86 @@ def show(figure, *, alt: str) -> None:
     from IPython.display import display
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", facecolor="white")
     plt.close(figure)
-    bundle = {"image/png": buffer.getvalue(), "text/plain": alt}
-    display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
+    display({"text/html": image, "text/plain": alt}, raw=True)
+
+
+def plot_scores(scores: Mapping[str, Sequence[float]], *, xlabel: str = "test accuracy (%)", alt: str, title: str = ""):
+    """Show one row a name of ``scores`` (name -> array [R]): a dot a replica, and the mean with its 95 % interval."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7.5, 0.9 + 0.55 * len(scores)))
+    for row, (values, color) in enumerate(zip(scores.values(), _colors(len(scores)), strict=True)):
+        dots(ax, row, values, color)
+    ax.set_yticks(range(len(scores)), list(scores))
+    ax.set(ylim=(len(scores) - 0.5, -0.6), xlabel=xlabel, title=title)
+    show(figure, alt=alt)
+
+
+def dots(ax, row: float, values: Sequence[float], color: str) -> None:
+    """Draw each of ``values`` as a dot in ``row``, close ones above each other, and mean and interval over them."""
+    values = np.sort(np.asarray(values, dtype=float))
+    near = (values[-1] - values[0]) / 60 or 1.0
+    heights, last = [], -np.inf
+    for value in values:
+        heights.append(heights[-1] + 0.09 if value - last < near else 0.0)
+        last = value
+    spread = np.minimum(heights, 0.45)
+    ax.plot(values, row - 0.05 - spread, "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
+    interval = mean_interval(values)
+    ax.plot([interval.low, interval.high], [row + 0.15] * 2, color=color, linewidth=3, solid_capstyle="butt")
+    ax.plot([interval.mean], [row + 0.15], "d", color=color, markersize=7)
+
+
+def plot_curves(
+    x: Sequence[float],
+    curves: Mapping[str, np.ndarray],
+    *,
+    alt: str,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    xscale: str = "linear",
+    line: Mapping[str, float] | None = None,
+    ax=None,
+) -> None:
+    """Show one line with its 95 % band a name of ``curves`` (name -> array [R, len(x)]).
+
+    Args:
+        x: positions, and ``xscale`` their scale (``"log"``).
+        line: name -> height of a dashed line across, such as the dense network's accuracy.
+        ax: draw here and leave showing to the caller.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots() if ax is None else (ax.figure, ax)
+    for (name, samples), marker in zip(curves.items(), MARKERS * (1 + len(curves) // len(MARKERS)), strict=False):
+        band(axes, x, samples, label=name, marker=marker, markersize=5)
+    for name, height in (line or {}).items():
+        axes.axhline(height, color="black", linestyle="--", linewidth=1, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale=xscale)
+    axes.legend()
+    if ax is None:
+        show(figure, alt=alt)
 
 
 def band(ax, x, samples, *, label: str | None = None, color: str | None = None, level: float = 0.95, **line):
-    """Draw the mean of ``samples`` [seeds, len(x)] over ``x`` and its t interval at ``level`` as a band.
+    """Draw the mean of ``samples`` [replicas, len(x)] over ``x`` and its t interval at ``level`` as a band.
 
     Raises:
-        ValueError: ``samples`` is not a table with one row a seed (at least two) and one column for each ``x``.
+        ValueError: ``samples`` is not a table with one row a replica (at least two) and one column for each ``x``.
     """
-    from scipy import stats
-
     x, samples = np.asarray(x, dtype=float), np.asarray(samples, dtype=float)
     if samples.ndim != 2 or samples.shape[1] != len(x) or len(samples) < 2:
-        raise ValueError(f"samples must have shape [seeds >= 2, {len(x)}], one column for each x; got {samples.shape}")
-    mean = samples.mean(axis=0)
-    half = stats.t.ppf((1 + level) / 2, len(samples) - 1) * samples.std(axis=0, ddof=1) / len(samples) ** 0.5
-    (drawn,) = ax.plot(x, mean, label=label, color=color, **line)
-    ax.fill_between(x, mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        raise ValueError(f"samples must have shape [replicas >= 2, {len(x)}], a column for each x; got {samples.shape}")
+    found = [mean_interval(column, level=level) for column in samples.T]
+    (drawn,) = ax.plot(x, [i.mean for i in found], label=label, color=color, **line)
+    low, high = [i.low for i in found], [i.high for i in found]
+    ax.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return drawn
-
-
-def interval_bars(ax, labels, intervals, *, colors=None) -> None:
-    """Draw one :class:`~course_lib.evidence.statistics.Interval` a row: a dot at the mean, a bar for the interval."""
-    colors = colors or [COLORS["blue"]] * len(labels)
-    for row, (interval, color) in enumerate(zip(intervals, colors, strict=True)):
-        ax.plot([interval.low, interval.high], [row, row], color=color, linewidth=3, solid_capstyle="butt")
-        ax.plot([interval.mean], [row], "o", color=color, markersize=7)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-
-
-def dots(ax, values, *, color: str = COLORS["blue"]) -> None:
-    """Draw each of ``values`` as a dot over the x axis, equal ones stacked: a histogram that hides nothing."""
-    places, counts = np.unique(np.round(np.asarray(values, dtype=float), 6), return_counts=True)
-    for place, count in zip(places, counts, strict=True):
-        ax.plot([place] * count, range(1, count + 1), "o", color=color, markersize=8)
-    ax.set_ylim(0, counts.max() + 1)
-
-
-def family_tree(root: str, branches: dict[str, tuple[str, list[str]]], note: str):
-    """Draw ``root`` with one branch a key of ``branches`` → (colour name, two leaves), and ``note`` below; a figure."""
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(9.5, 4.2))
-    ax.set(xlim=(0, 12), ylim=(0.2, 4.6))
-    ax.axis("off")
-
-    def box(x: float, y: float, text: str, color: str) -> None:
-        look = {"boxstyle": "round,pad=0.4", "facecolor": COLORS[color], "edgecolor": "none", "alpha": 0.35}
-        ax.text(x, y, text, ha="center", va="center", fontsize=9.5, bbox=look)
-
-    def line(start: tuple[float, float], end: tuple[float, float]) -> None:
-        ax.annotate("", end, start, arrowprops={"arrowstyle": "-", "color": "0.5"})
-
-    box(6.0, 4.2, root, "grey")
-    centres = np.linspace(0, 12, 2 * len(branches) + 1)[1::2]
-    for x, (text, (color, leaves)) in zip(centres, branches.items(), strict=True):
-        line((6.0, 3.95), (x, 3.15))
-        box(x, 2.8, text, color)
-        for dx, leaf in zip(np.linspace(-1, 1, len(leaves)), leaves, strict=True):
-            line((x, 2.45), (x + dx, 1.75))
-            box(x + dx, 1.4, leaf, color)
-    ax.text(6.0, 0.5, note, ha="center", fontsize=10, style="italic")
-    return figure
 
 
 def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) -> None:
@@ -145,3 +166,8 @@ def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) 
     ax.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
     ax.set_yticks(range(len(rows)), [f"{r:g}" if isinstance(r, float) else r for r in rows])
     ax.grid(False)
+
+
+def _colors(count: int) -> list[str]:
+    names = list(COLORS.values())[:7]
+    return [names[i % len(names)] for i in range(count)]

@@ -1,31 +1,35 @@
-"""Intervals: how sure a handful of seeds makes us, and whether a difference is more than their scatter."""
+"""Intervals: how sure a handful of replicas makes us, and whether a difference is more than their scatter."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["Interval", "mean_interval", "paired_difference", "proportion_interval", "ratio_interval"]
+__all__ = ["Interval", "Verdict", "difference", "exactly", "mean", "mean_interval", "paired_difference"]
+__all__ += ["proportion_interval", "ratio", "ratio_interval"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the interval that covers it at confidence ``level``, from ``n`` values.
+    """A mean with the interval that covers it at confidence ``level``, from ``n`` values (n = 1: an exact number).
 
-    ``format(interval, ".1f")`` gives ``mean ± half width``; with a ``%`` format both are shares of one hundred.
+    ``format(interval, ".1f")`` gives ``mean ± half width`` and the unit; with a ``%`` format, shares of one hundred.
+    Compared with a number it gives a :class:`Verdict`: ``interval > 10`` holds if *all* of it lies above 10.
 
     >>> f"{Interval(0.9712, 0.9688, 0.9736, 0.95, 8):.1%}"
     '97.1 ± 0.2 %'
-    >>> f"{Interval(0.3, 0.1, 0.5, 0.95, 8):+.1f}"
-    '+0.3 ± 0.2'
+    >>> gain = Interval(0.3, 0.1, 0.5, 0.95, 8, "points")
+    >>> str(gain > 0), str(gain > 0.2)
+    ('held: 0.3 ± 0.2 points > 0', 'undecided: 0.3 ± 0.2 points > 0.2')
     """
 
     mean: float
     low: float
     high: float
-    level: float
-    n: int
+    level: float = 0.95
+    n: int = 1
+    unit: str = ""
 
     @property
     def half_width(self) -> float:
@@ -36,27 +40,90 @@ class Interval:
         """Whether ``value`` lies outside the interval."""
         return not self.low <= value <= self.high
 
+    def __gt__(self, bound: float) -> "Verdict":
+        return Verdict.of(self, ">", bound)
+
+    def __ge__(self, bound: float) -> "Verdict":
+        return Verdict.of(self, "≥", bound)
+
+    def __lt__(self, bound: float) -> "Verdict":
+        return Verdict.of(self, "<", bound)
+
+    def __le__(self, bound: float) -> "Verdict":
+        return Verdict.of(self, "≤", bound)
+
     def __format__(self, spec: str) -> str:
-        spec = spec or ".3g"
-        plain = spec.lstrip("+")
-        if spec.endswith("%"):
-            return f"{100 * self.mean:{spec[:-1]}f} ± {100 * self.half_width:{plain[:-1]}f} %"
-        return f"{self.mean:{spec}} ± {self.half_width:{plain}}"
+        spec = spec or self._spec()
+        scale, spec, unit = (100, spec[:-1] + "f", " %") if spec.endswith("%") else (1, spec, self.unit)
+        unit = unit if unit in ("", "×", " %") else f" {unit}"
+        value = f"{scale * self.mean:{spec}}"
+        if self.n == 1 and self.low == self.high:
+            return value + unit
+        return f"{value} ± {scale * self.half_width:{spec.lstrip('+')}}{unit}"
 
     def __str__(self) -> str:
         return format(self)
+
+    def _spec(self) -> str:
+        """As many decimals as the half width is worth: one or two of its digits."""
+        if self.n == 1 and self.low == self.high:
+            return ",.0f" if float(self.mean).is_integer() else ".3g"
+        decimals = 1 if self.half_width >= 0.1 else math.ceil(-math.log10(self.half_width or 1e-2))
+        return f",.{0 if self.half_width >= 10 else min(decimals, 6)}f"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an interval says of a bound: ``status`` is ``"held"``, ``"not"`` (all of it beyond) or ``"undecided"``.
+
+    A verdict is true only where it is held. ``a & b`` holds where both do.
+
+    >>> bool(Interval(3.96, 3.96, 3.96, unit="×") > 3)
+    True
+    """
+
+    status: str
+    parts: tuple[tuple[Interval, str, float], ...]
+
+    @classmethod
+    def of(cls, interval: Interval, relation: str, bound: float) -> "Verdict":
+        holds: Callable[[float], bool] = {
+            ">": lambda x: x > bound,
+            "≥": lambda x: x >= bound,
+            "<": lambda x: x < bound,
+            "≤": lambda x: x <= bound,
+        }[relation]
+        low, high = holds(interval.low), holds(interval.high)
+        status = "held" if low and high else "undecided" if low or high else "not"
+        return cls(status, ((interval, relation, float(bound)),))
+
+    def __bool__(self) -> bool:
+        return self.status == "held"
+
+    def __and__(self, other: "Verdict") -> "Verdict":
+        both = {self.status, other.status}
+        status = "not" if "not" in both else "undecided" if "undecided" in both else "held"
+        return Verdict(status, self.parts + other.parts)
+
+    @property
+    def measured(self) -> str:
+        """The intervals in words, such as ``"35.1 ± 5.5 points"``."""
+        return ", ".join(str(interval) for interval, _, _ in self.parts)
+
+    def __str__(self) -> str:
+        return f"{self.status}: " + ", ".join(f"{i} {relation} {bound:g}" for i, relation, bound in self.parts)
 
 
 def mean_interval(
     values: Sequence[float], *, level: float = 0.95, method: str = "t", resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Interval of the mean of independent values, one a seed.
+    """Interval of the mean of independent values, one a replica.
 
     Args:
         values: at least two finite numbers, any sequence or 1-D array.
         level: confidence in (0, 1).
-        method: ``"t"``, Student's interval (right for the mean of values that scatter like a bell, and close enough for
-            most others from about ten on), or ``"bootstrap"``, BCa (Efron 1987), for skewed values.
+        method: ``"t"``, Student's interval (right for values that scatter like a bell, close enough for most others
+            from about ten on), or ``"bootstrap"``, BCa (Efron 1987), for skewed values.
         resamples, seed: of the bootstrap.
 
     Raises:
@@ -67,26 +134,26 @@ def mean_interval(
     (0.446, 2.5, 4.554)
     """
     data = _checked(values, level)
-    mean, n = float(data.mean()), len(data)
     if method not in ("t", "bootstrap"):
         raise ValueError(f"method must be 't' or 'bootstrap', got {method!r}")
+    average, n = float(data.mean()), len(data)
     if np.ptp(data) == 0:
-        return Interval(mean, mean, mean, level, n)
+        return Interval(average, average, average, level, n)
     from scipy import stats
 
     if method == "t":
-        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(data.std(ddof=1)) / math.sqrt(n)
-        return Interval(mean, mean - half, mean + half, level, n)
-    found = stats.bootstrap(
-        (data,), np.mean, confidence_level=level, n_resamples=resamples, rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), level, n)
+        low, high = stats.t.interval(level, n - 1, loc=average, scale=stats.sem(data))
+    else:
+        rng = np.random.default_rng(seed)
+        found = stats.bootstrap((data,), np.mean, confidence_level=level, n_resamples=resamples, rng=rng)
+        low, high = found.confidence_interval
+    return Interval(average, float(low), float(high), level, n)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, method: str = "t") -> Interval:
-    """Interval of the mean of ``a[i] - b[i]``: what two methods differ by, seed for seed.
+    """Interval of the mean of ``a[i] - b[i]``: what two methods differ by, replica for replica.
 
-    Pairing takes out what a seed does to both, so the interval is often far narrower than the two intervals suggest.
+    Pairing takes out what a replica's luck does to both, so the interval is often far narrower than two intervals.
 
     Raises:
         ValueError: the two have different lengths, or what :func:`mean_interval` refuses.
@@ -96,9 +163,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 
     """
     first, second = _flat(a), _flat(b)
     if first.shape != second.shape:
-        raise ValueError(
-            f"{len(first)} and {len(second)} values do not make pairs: give the same seeds to both, in one order"
-        )
+        raise ValueError(f"{len(first)} and {len(second)} values do not make pairs: give the same replicas, in order")
     return mean_interval(first - second, level=level, method=method)
 
 
@@ -109,12 +174,12 @@ def proportion_interval(successes: int, trials: int, *, level: float = 0.95) -> 
     >>> f"{interval.low:.3f} {interval.high:.3f}"
     '0.943 0.985'
     """
-    if not (isinstance(trials, int) and isinstance(successes, int) and 0 <= successes <= trials and trials > 0):
+    if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"successes must be in 0..trials and trials above 0, got {successes!r} of {trials!r}")
     _check_level(level)
     from scipy import stats
 
-    found = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    found = stats.binomtest(int(successes), int(trials)).proportion_ci(level, method="wilson")
     return Interval(successes / trials, float(found.low), float(found.high), level, trials)
 
 
@@ -123,10 +188,6 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *
 
     The ratio r is inside where the mean of ``numerators - r * denominators`` cannot be told from 0 at ``level``. It
     needs no division of single pairs, of which one may have next to no gap; and it need not be symmetric.
-
-    Args:
-        numerators, denominators: as many finite numbers, at least two, in one order.
-        level: confidence in (0, 1).
 
     Raises:
         ValueError: the two have different lengths; the mean of the denominators cannot be told from 0, so that any
@@ -138,18 +199,48 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *
     """
     y, x = _checked(numerators, level), _checked(denominators, level)
     if len(y) != len(x):
-        raise ValueError(f"{len(y)} and {len(x)} values do not make pairs: give the same seeds to both, in one order")
+        raise ValueError(f"{len(y)} and {len(x)} values do not make pairs: give the same replicas, in one order")
     from scipy import stats
 
     quantile = float(stats.t.ppf((1 + level) / 2, len(y) - 1))
     (vy, vyx), (_, vx) = np.cov(np.stack([y, x])) / len(y) * quantile**2
     a, b, c = x.mean() ** 2 - vx, y.mean() * x.mean() - vyx, y.mean() ** 2 - vy
     if a <= 0:
-        raise ValueError(
-            f"the denominators have mean {x.mean():.3g}, not to be told from 0 at level {level:g}: any ratio fits"
-        )
+        raise ValueError(f"the denominators' mean {x.mean():.3g} cannot be told from 0 at {level:g}: any ratio fits")
     half = float(math.sqrt(max(b**2 - a * c, 0.0)) / a)
     return Interval(float(y.mean() / x.mean()), float(b / a) - half, float(b / a) + half, level, len(y))
+
+
+def mean(values: Sequence[float], unit: str = "%") -> Interval:
+    """The mean of one score array, ``values`` [R], with its 95 % interval.
+
+    >>> str(mean([97.0, 98.0, 96.5, 97.5]))
+    '97.2 ± 1.0 %'
+    """
+    return replace(mean_interval(values), unit=unit)
+
+
+def difference(a: Sequence[float], b: Sequence[float], unit: str = "points") -> Interval:
+    """How far score array ``a`` [R] is above ``b`` [R], replica for replica, with its 95 % interval.
+
+    >>> str(difference([97.0, 98.0, 96.5], [96.0, 96.5, 95.5]))
+    '1.2 ± 0.7 points'
+    """
+    return replace(paired_difference(a, b), unit=unit)
+
+
+def ratio(a: Sequence[float], b: Sequence[float], unit: str = "×") -> Interval:
+    """How many times as large the mean of ``a`` [R] is as that of ``b`` [R], with Fieller's 95 % interval."""
+    return replace(ratio_interval(a, b), unit=unit)
+
+
+def exactly(value: float, unit: str = "") -> Interval:
+    """A number that was counted and has no interval, such as bytes or MACs, for a claim.
+
+    >>> str(exactly(3.96, "×") > 3)
+    'held: 3.96× > 3'
+    """
+    return Interval(float(value), float(value), float(value), unit=unit)
 
 
 def _flat(values: Sequence[float]) -> np.ndarray:
@@ -161,13 +252,12 @@ def _flat(values: Sequence[float]) -> np.ndarray:
 
 def _checked(values: Sequence[float], level: float) -> np.ndarray:
     data = _flat(values)
+    _check_level(level)
     if len(data) < 2:
         raise ValueError(f"an interval needs at least two values, got {len(data)}: one seed says nothing")
     if not np.isfinite(data).all():
-        raise ValueError(
-            f"every value must be finite, got {data[~np.isfinite(data)][0]} at {np.argmin(np.isfinite(data))}"
-        )
-    _check_level(level)
+        where = int(np.argmin(np.isfinite(data)))
+        raise ValueError(f"every value must be finite, got {data[where]} at {where}")
     return data
 
 

@@ -1,13 +1,15 @@
 """Image data in three parts, normalised and held in memory: train, validation and test.
 
 Every choice is made on validation; test is looked at once. The default data set is inside scikit-learn and needs no
-network; the others come through torchvision, whose standard folder layout they keep.
+network; the others come through torchvision, whose folder layout they keep. :func:`load_dataset` gives one split,
+:func:`load_replicas` one for each replica, so that an interval over replicas covers the luck of the split as well.
 """
 
 import difflib
 import functools
 import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,31 +17,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from course_lib.lab.download import obtain
-from course_lib.lab.formats import DataError
-from course_lib.lab.sources import SOURCES, RawData
+from course_lib.files import cache_folder
+from course_lib.lab.download import SOURCES, DataError, RawData, obtain
 
-__all__ = ["DATASETS", "DataError", "DataSplits", "Split", "load_dataset"]
+__all__ = ["DATASETS", "DataError", "DataSplits", "Split", "Splits", "load_dataset", "load_replicas"]
 
 DATASETS = ("digits", *SOURCES)
 """The names that :func:`load_dataset` knows."""
 
+DIGITS_HELD_OUT = 270
+QUICK_TRAINING_IMAGES = 4000
+"""A replica of a larger data set trains on at most this many images in the quick profile."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images with their labels.
-
-    Attributes:
-        images: float32 [N, C, H, W], normalised per channel.
-        labels: int64 [N], from 0.
+    """Images with their labels: float32 [N, C, H, W], normalised per channel, and int64 [N], from 0.
 
     >>> split = Split(torch.zeros(3, 1, 8, 8), torch.tensor([4, 0, 9]))
     >>> len(split), split.subset([2, 0]).labels.tolist()
     (3, [9, 4])
 
     Raises:
-        TypeError: not tensors of those types.
-        ValueError: not of those shapes, or not as many labels as images.
+        TypeError: not tensors of those types. ValueError: not of those shapes, or not as many labels as images.
     """
 
     images: Tensor
@@ -59,45 +59,69 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices) -> "Split":
-        """The images at those positions, in that order, as a copy.
+        """The images at those positions [M] (in -N..N-1, or a bool mask [N]), in that order, as a copy."""
+        index = _positions(indices, len(self))
+        return Split(self.images[index], self.labels[index])
 
-        Args:
-            indices: positions [M] in -N..N-1 (a list, range, array or int64 tensor), or a bool mask [N].
-        """
-        if not isinstance(indices, Tensor):
-            indices = torch.as_tensor(np.asarray(indices))
-        if indices.numel() == 0 and indices.dtype != torch.bool:
-            indices = indices.long()  # an empty list has no type of its own
-        if indices.dtype.is_floating_point or indices.dtype.is_complex:
-            raise TypeError(f"indices must be integers or a bool mask, got {indices.dtype}")
-        if indices.dim() != 1:
-            raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
-        if indices.dtype == torch.bool:
-            if len(indices) != len(self):
-                raise ValueError(f"a mask needs one entry an image, got {len(indices)} for {len(self)} images")
-        else:
-            indices = indices.long()  # uint8 would be taken for a mask
-            if len(indices) and not (-len(self) <= int(indices.min()) and int(indices.max()) < len(self)):
-                reach = f"{int(indices.min())}..{int(indices.max())}"
-                raise ValueError(f"indices reach over {reach}, and this split has {len(self)} images")
-        return Split(self.images[indices], self.labels[indices])
+
+class Splits(Sequence):
+    """One :class:`Split` a replica, all of one size, drawn from a common pool of images.
+
+    Args:
+        pool: the images that the replicas draw from.
+        index: int64 [R, N], the positions in ``pool`` of each replica's images.
+
+    >>> pool = Split(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
+    >>> splits = Splits(pool, torch.tensor([[0, 1, 2], [3, 2, 1]]))
+    >>> len(splits), splits.images_each, splits[1].labels.tolist(), splits.subset([0]).labels.tolist()
+    (2, 3, [3, 2, 1], [[0], [3]])
+    """
+
+    def __init__(self, pool: Split, index: Tensor):
+        if index.dim() != 2 or index.dtype != torch.int64 or not index.numel():
+            raise ValueError(f"index must be int64 [replicas, images], got {index.dtype} {tuple(index.shape)}")
+        self.pool, self.index = pool, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, replica):
+        if isinstance(replica, slice):
+            return Splits(self.pool, self.index[replica])
+        return self.pool.subset(self.index[operator.index(replica)])
+
+    @property
+    def images_each(self) -> int:
+        """How many images a replica has."""
+        return self.index.shape[1]
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [R, N] of all replicas' images."""
+        return self.pool.labels[self.index]
+
+    def subset(self, indices) -> "Splits":
+        """The images at those positions of *each* replica's split, such as ``range(100)`` for its first hundred."""
+        return Splits(self.pool, self.index[:, _positions(indices, self.images_each)])
 
 
 @dataclass(frozen=True, eq=False)
 class DataSplits:
-    """A data set in three disjoint parts, all normalised by the mean and spread of the training part alone.
+    """A data set in three disjoint parts.
 
     Attributes:
-        train, val, test: the parts.
+        train, val, test: the parts. From :func:`load_dataset` each is a :class:`Split`; from :func:`load_replicas`
+            ``train`` and ``test`` are :class:`Splits` (``test`` a ``Split`` where the data set has a fixed one).
         name: one of :data:`DATASETS`.
         class_names: one name a class, in the order of the labels.
-        mean, std: one number a channel, of training pixels in [0, 1]. ``images * std + mean`` gives such pixels back;
-            for a channel that never changes ``std`` is 1.
+        mean, std: one number a channel, of pixels in [0, 1], used for all parts: of the training part, or, where each
+            replica has its own, of the validation part. ``images * std + mean`` gives such pixels back; for a channel
+            that never changes ``std`` is 1.
     """
 
-    train: Split
+    train: Split | Splits
     val: Split
-    test: Split
+    test: Split | Splits
     name: str
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -106,7 +130,7 @@ class DataSplits:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of one image."""
-        return tuple(self.train.images.shape[1:])
+        return tuple(self.val.images.shape[1:])
 
     @property
     def num_classes(self) -> int:
@@ -141,31 +165,80 @@ def load_dataset(
     >>> len(data.train), len(data.val), len(data.test), data.input_shape, data.num_classes
     (1257, 270, 270, (1, 8, 8), 10)
     """
-    _check_name(name)
     seed = _check_seed(seed)
-    if name == "digits":
-        raw = _digits()
-        rest, test = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), 270, seed)
-        train, val = _stratified(raw.train_labels, rest, 270, seed)
-        parts = [(raw.train_images, raw.train_labels, index) for index in (train, val, test)]
-    else:
-        folder = _data_root(root)
-        raw = obtain(SOURCES[name], folder, download=download)
-        train, val = _tenth(raw.train_labels, seed, name, folder)
-        parts = [(raw.train_images, raw.train_labels, index) for index in (train, val)]
-        parts.append((raw.test_images, raw.test_labels, slice(None)))
+    raw = _raw(name, root, download)
+    rest, test = _with_test(raw, seed)
+    train, val = _stratified(raw.train_labels, rest, _held_out(raw, name, root), seed)
     mean, std = _channel_statistics(raw.train_images[train], raw.scale)
-    splits = [_normalised(images[index], labels[index], raw.scale, mean, std) for images, labels, index in parts]
-    return DataSplits(*splits, name, raw.class_names, mean, std)
+    parts = [_split(raw.train_images[index], raw.train_labels[index], raw.scale, mean, std) for index in (train, val)]
+    if test is None:
+        parts.append(_split(raw.test_images, raw.test_labels, raw.scale, mean, std))
+    else:
+        parts.append(_split(raw.train_images[test], raw.train_labels[test], raw.scale, mean, std))
+    return DataSplits(*parts, name, raw.class_names, mean, std)
 
 
-def _check_name(name) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, one of {', '.join(DATASETS)}, got {type(name).__name__}")
-    if name not in DATASETS:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), DATASETS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}{hint}")
+def load_replicas(
+    name: str = "digits",
+    replicas: int = 24,
+    *,
+    seed: int = 0,
+    root: str | os.PathLike | None = None,
+    download: bool = True,
+    most: int | None = QUICK_TRAINING_IMAGES,
+) -> DataSplits:
+    """A data set in which every replica draws its own split, so that ± over replicas covers that luck too.
+
+    The validation images are one set for all: never trained on, never tested by any replica, so that a choice made on
+    it looks at nobody's test images. Of the digits each replica draws its own 1,257 training and 270 test images from
+    the rest. Where a data set has a fixed test set, each draws four fifths of the other training images (at most
+    ``most``); all are tested on that set.
+
+    Args:
+        replicas: how many, at least 1. ``seed`` decides all draws; other arguments as for :func:`load_dataset`.
+
+    >>> data = load_replicas(replicas=3)
+    >>> len(data.train), data.train.images_each, data.test.images_each, len(data.val)
+    (3, 1257, 270, 270)
+    """
+    seed, replicas = _check_seed(seed), operator.index(replicas)
+    if replicas < 1:
+        raise ValueError(f"replicas must be at least 1, got {replicas}")
+    raw = _raw(name, root, download)
+    rest, val = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), _held_out(raw, name, root), seed)
+    mean, std = _channel_statistics(raw.train_images[val], raw.scale)
+    pool = _split(raw.train_images, raw.train_labels, raw.scale, mean, std)
+    fixed = len(raw.test_labels) > 0
+    out = len(rest) - min(len(rest) * 4 // 5, most or len(rest)) if fixed else DIGITS_HELD_OUT
+    # A replica's draw depends on (seed, replica) alone, so that more replicas repeat the first ones.
+    draws = [_stratified(raw.train_labels, rest, out, np.random.default_rng([seed, r])) for r in range(replicas)]
+    train = Splits(pool, torch.as_tensor(np.stack([kept for kept, _ in draws])))
+    test = (
+        _split(raw.test_images, raw.test_labels, raw.scale, mean, std)
+        if fixed
+        else Splits(pool, torch.as_tensor(np.stack([held for _, held in draws])))
+    )
+    return DataSplits(train, pool.subset(torch.as_tensor(val)), test, name, raw.class_names, mean, std)
+
+
+def _positions(indices, count: int) -> Tensor:
+    """``indices`` as int64 positions or a bool mask, or an error that says what does not fit."""
+    if not isinstance(indices, Tensor):
+        indices = torch.as_tensor(np.asarray(indices))
+    if indices.numel() == 0 and indices.dtype != torch.bool:
+        indices = indices.long()  # an empty list has no type of its own
+    if indices.dtype.is_floating_point or indices.dtype.is_complex:
+        raise TypeError(f"indices must be integers or a bool mask, got {indices.dtype}")
+    if indices.dim() != 1:
+        raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
+    if indices.dtype == torch.bool:
+        if len(indices) != count:
+            raise ValueError(f"a mask needs one entry an image, got {len(indices)} for {count} images")
+        return indices
+    indices = indices.long()  # uint8 would be taken for a mask
+    if len(indices) and not (-count <= int(indices.min()) and int(indices.max()) < count):
+        raise ValueError(f"indices reach over {indices.min()}..{indices.max()}, and this split has {count} images")
+    return indices
 
 
 def _check_seed(seed) -> int:
@@ -180,13 +253,21 @@ def _check_seed(seed) -> int:
     return value
 
 
+def _raw(name: str, root, download: bool) -> RawData:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, one of {', '.join(DATASETS)}, got {type(name).__name__}")
+    if name not in DATASETS:
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), DATASETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}{hint}")
+    return _digits() if name == "digits" else obtain(name, _data_root(root), download=download)
+
+
 def _data_root(root) -> Path:
     if root is None:
         root = os.environ.get("COURSE_DATA")
         if not root:
-            from platformdirs import user_cache_path
-
-            return user_cache_path("compression-course", appauthor=False) / "data"
+            return cache_folder("data")
     elif not isinstance(root, str | os.PathLike) or isinstance(os.fspath(root), bytes):
         raise TypeError(f"root must be a path or None, got {type(root).__name__}")
     if not os.fspath(root) or "\0" in os.fspath(root):
@@ -207,23 +288,31 @@ def _digits() -> RawData:
     return RawData(images, labels, images[:0], labels[:0], tuple("0123456789"), scale=16)
 
 
-def _stratified(labels: np.ndarray, among: np.ndarray, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _with_test(raw: RawData, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Positions that are left for training, and those of the test part if the data set has none of its own."""
+    everything = np.arange(len(raw.train_labels))
+    return (everything, None) if len(raw.test_labels) else _stratified(raw.train_labels, everything, 270, seed)
+
+
+def _held_out(raw: RawData, name: str, root) -> int:
+    """How many images validation gets."""
+    if not len(raw.test_labels):
+        return DIGITS_HELD_OUT
+    classes, counts = np.unique(raw.train_labels, return_counts=True)
+    if counts.min() < 2:
+        raise DataError(
+            f"{name} in {_data_root(root)} cannot be split into train and validation: class {classes[counts.argmin()]} "
+            "has a single training image, and each class needs at least 2. Use a subset with more images a class."
+        )
+    return max(round(len(raw.train_labels) / 10), len(classes))
+
+
+def _stratified(labels: np.ndarray, among: np.ndarray, held_out: int, seed) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the larger and of the held-out part, each shuffled, with the classes in equal shares."""
     from sklearn.model_selection import train_test_split
 
-    return train_test_split(among, test_size=held_out, stratify=labels[among], random_state=seed)
-
-
-def _tenth(labels: np.ndarray, seed: int, name: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    classes, counts = np.unique(labels, return_counts=True)
-    if counts.min() < 2:
-        lonely = f"class {classes[counts.argmin()]} has a single training image"
-        raise DataError(
-            f"{name} in {folder} cannot be split into train and validation: {lonely}, and each class needs at least 2. "
-            "Use a subset with more images a class."
-        )
-    held_out = max(round(len(labels) / 10), len(classes))
-    return _stratified(labels, np.arange(len(labels)), held_out, seed)
+    state = seed if isinstance(seed, int) else np.random.RandomState(seed.bit_generator)
+    return train_test_split(among, test_size=held_out, stratify=labels[among], random_state=state)
 
 
 def _channel_statistics(images: np.ndarray, scale: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -240,7 +329,7 @@ def _channel_statistics(images: np.ndarray, scale: int) -> tuple[tuple[float, ..
     return tuple(means), tuple(stds)
 
 
-def _normalised(images: np.ndarray, labels: np.ndarray, scale: int, mean, std) -> Split:
+def _split(images: np.ndarray, labels: np.ndarray, scale: int, mean, std) -> Split:
     tensor = torch.tensor(images, dtype=torch.float32).div_(scale)
     tensor.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
     return Split(tensor, torch.tensor(labels, dtype=torch.int64))

@@ -144,13 +144,13 @@ def build_model(
         close = get_close_matches(str(name), MODELS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown model {name!r}{hint} (there are: {', '.join(MODELS)})")
-    shape = tuple(input_shape)
+    shape = tuple(int(n) if hasattr(n, "__index__") else n for n in input_shape)
     if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"input_shape must be three positive integers (channels, height, width), got {input_shape!r}")
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not hasattr(num_classes, "__index__") or isinstance(num_classes, bool) or num_classes < 2:
         raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}")
     if seed is None:
         return MODELS[name].build(shape, num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         return MODELS[name].build(shape, num_classes)

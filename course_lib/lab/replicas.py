@@ -12,24 +12,102 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from course_lib.lab.data import Split
-from course_lib.lab.loop import (
+from course_lib.gate import copy_model, eval_mode
+from course_lib.lab.data import DataSplits, Split, Splits
+from course_lib.lab.models import build_model
+from course_lib.lab.training import (
     AfterStep,
     BestEpoch,
     LossFn,
+    TrainConfig,
     as_terms,
     check_finite,
     check_logits,
     check_split,
+    check_trainable,
     device_of,
     epoch_batches,
+    evaluate,
+    fit,
+    forward,
     make_optimizer,
+    progress_bar,
     read_loss,
     set_lr,
 )
-from course_lib.lab.training import TrainConfig, evaluate
 
-__all__ = ["fit_replicas"]
+__all__ = ["fit_replicas", "train", "train_many"]
+
+LARGEST_BATCHED_CONV = 200_000
+"""Multiply-accumulates of convolutions an image above which batching replicas no longer pays (measured: 0.8 times)."""
+
+
+def train_many(
+    model: str | Callable[[int], nn.Module] | Sequence[nn.Module],
+    data: DataSplits | Split | Splits,
+    seeds: Sequence[int],
+    *,
+    start: Sequence[int] | None = None,
+    config: TrainConfig | None = None,
+    loss_fn: LossFn | None = None,
+    after_step: AfterStep | None = None,
+    settings: Mapping[str, Tensor] | None = None,
+    best_on: Split | None = None,
+    **recipe,
+) -> list[nn.Module]:
+    """Train one network a seed, all at once, each on its own training images where the data has them.
+
+    Args:
+        model: a name of :data:`~course_lib.lab.models.MODELS`; ``make_model(seed)``; or one network a seed, trained
+            on as copies.
+        data: what to train on; of a whole data set its ``train`` part.
+        seeds: decide the order of the images, and the initial weights unless ``start`` has other seeds for these.
+        config, recipe: a :class:`TrainConfig`, or its fields as keywords: ``epochs=12, lr=4e-3``.
+        loss_fn, after_step, settings: as in :func:`fit_replicas`.
+        best_on: validation images on which each network's best epoch is chosen; by default the last epoch stays.
+
+    Returns:
+        The trained networks, in the order of ``seeds``.
+    """
+    seeds, split = [int(s) for s in seeds], data.train if isinstance(data, DataSplits) else data
+    start = seeds if start is None else [int(s) for s in start]
+    if len(start) != len(seeds):
+        raise ValueError(f"{len(start)} start seeds for {len(seeds)} seeds: give one for each")
+    if isinstance(split, Splits):
+        if len(split) < len(seeds):
+            raise ValueError(f"{len(seeds)} seeds, but the data has splits for {len(split)} replicas")
+        split = split[: len(seeds)]
+    if isinstance(model, str):
+        like = split.pool if isinstance(split, Splits) else split
+        classes = data.num_classes if isinstance(data, DataSplits) else int(like.labels.max()) + 1
+        models = [build_model(model, tuple(like.images.shape[1:]), classes, seed=s) for s in start]
+    elif callable(model) and not isinstance(model, nn.Module):
+        models = [model(s) for s in start]
+    else:
+        models = [copy_model(m) for m in ([model] if isinstance(model, nn.Module) else model)]
+        if len(models) != len(seeds):
+            raise ValueError(f"{len(models)} networks for {len(seeds)} seeds: give one for each")
+    given = iter(models)
+    options = {"loss_fn": loss_fn, "val": best_on, "after_step": after_step, "settings": settings, "progress": True}
+    return fit_replicas(lambda seed: next(given), seeds, split, TrainConfig.of(config, recipe), **options)
+
+
+def train(model: str | nn.Module, data: DataSplits | Split, seed: int = 0, **options) -> nn.Module:
+    """Train one network with the usual loop, and return it: options as for :func:`train_many`.
+
+    >>> from course_lib.lab.data import load_dataset
+    >>> data = load_dataset()
+    >>> net = train("mlp8", data.train.subset(range(64)), epochs=1)
+    """
+    known = {"config", "loss_fn", "after_step", "best_on"}
+    recipe = {name: options.pop(name) for name in set(options) - known}
+    split = data.train if isinstance(data, DataSplits) else data
+    if isinstance(model, str):
+        classes = data.num_classes if isinstance(data, DataSplits) else int(split.labels.max()) + 1
+        model = build_model(model, tuple(split.images.shape[1:]), classes, seed=int(seed))
+    config, val = TrainConfig.of(options.pop("config", None), recipe), options.pop("best_on", None)
+    fit(model, split, config, seed=int(seed), val=val, progress=True, **options)
+    return model
 
 
 def fit_replicas(
@@ -42,11 +120,14 @@ def fit_replicas(
     val: Split | None = None,
     after_step: AfterStep | None = None,
     settings: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
 ) -> list[nn.Module]:
     """Train one replica a seed, all at once.
 
     Replica ``r`` equals ``fit(make_model(seeds[r]), split, config, seed=seeds[r], ...)`` up to floating-point rounding:
-    the same initial weights, the same order of the data. Dropout is the exception: its draws differ.
+    the same initial weights, the same order of the data. Dropout is the exception: its draws differ. Networks for which
+    one batched pass would be slower (large convolutions), and those that ``vmap`` cannot map, take each step one
+    replica after another, with the same result.
 
     Args:
         make_model: ``make_model(seed)`` gives the model to start from, fresh or already trained; all must have
@@ -54,19 +135,20 @@ def fit_replicas(
         seeds: one integer a replica; a seed may appear again where ``settings`` tells the replicas apart.
         split: the training data for all, or a sequence with one split a replica, all of the same shape.
         config: see :class:`~course_lib.lab.training.TrainConfig`.
-        loss_fn: as in :func:`~course_lib.lab.training.fit`; it sees one replica at a time and runs under
-            ``vmap``, so it may not branch on the values of tensors.
+        loss_fn: as in :func:`~course_lib.lab.training.fit`; it sees one replica at a time, usually under ``vmap``, so
+            it should not branch on the values of tensors.
         val: chooses the best epoch of each replica on its own.
         after_step: as in ``fit``, but its tensors carry a leading replica dimension ``[R, ...]``.
         settings: named tensors ``[R, ...]``; slice ``r`` reaches replica ``r``'s loss as a keyword argument. That
             trains a grid of temperatures, or replicas with a table of teacher logits each, in the same pass.
+        progress: as in ``fit``.
 
     Returns:
         The trained models, in the order of ``seeds``, in the mode that ``make_model`` gave them.
 
     Raises:
-        ValueError: no seeds, architectures or splits that differ, settings without a leading dimension of R, buffers
-            that cannot be batched (a BatchNorm with ``momentum=None``), or anything that ``fit`` refuses.
+        ValueError: no seeds, architectures or splits that differ, settings without a leading dimension of R, or
+            anything that ``fit`` refuses.
         DivergedError: a replica's loss is no longer finite; the text lists the losses in the order of ``seeds``.
     """
     config = config or TrainConfig()
@@ -75,47 +157,40 @@ def fit_replicas(
         raise ValueError("seeds is empty: fit_replicas needs at least one")
     models = [make_model(seed) for seed in seeds]
     check_same(models)
-    settings = check_settings(settings, len(seeds))
-    device = device_of(models[0])
+    check_trainable(models[0])
+    settings, device = check_settings(settings, len(seeds)), device_of(models[0])
     pick = gather(split, len(seeds), device)
     loss_fn, wants_index = read_loss(loss_fn)
-
     modes = [m.training for m in models[0].modules()]
-    for model in models:
-        model.train()
+    # A deep copy, not a move to "meta": only so does it know which names share a tensor.
+    skeleton = copy.deepcopy(models[0]).train()
     # stack_module_state hands out leaf tensors of its own: the models themselves stay as they are until the end.
     parameters, buffers = stack_module_state(models)
-    skeleton = copy.deepcopy(models[0]).to("meta")
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    if not trainable:
-        raise ValueError("the models have no parameter that requires a gradient: there is nothing to train")
 
     def replica_terms(params, bufs, images, labels, index, own):
-        logits = functional_call(skeleton, (params, bufs), (images,))
-        extra = {"index": index, **own} if wants_index else own
-        return as_terms(loss_fn(logits, labels, **extra))
+        logits = forward(lambda x: functional_call(skeleton, (params, bufs), (x,)), images)
+        return as_terms(loss_fn(logits, labels, **({"index": index, **own} if wants_index else own)))
 
-    step_terms = vmap(replica_terms, randomness="different")
-    optimizer = make_optimizer(trainable, config.lr, config.weight_decay)
-    best = [BestEpoch() for _ in models]
+    def one_after_another(*stacked):
+        rows = [replica_terms(*(_slice(part, r) for part in stacked)) for r in range(len(seeds))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    check_logits(*look_once(models[0], pick))
+    large = len(seeds) == 1 or convolution_macs(models[0], pick.images[:1]) > LARGEST_BATCHED_CONV
+    step_terms = one_after_another if large else vmap(replica_terms, randomness="different")
+    optimizer, best = make_optimizer(trainable, config), [BestEpoch() for _ in models]
     step, total = 0, config.steps(pick.examples)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds[0])
-        check_logits(models[0].eval()(pick.images[0, :1] if pick.own else pick.images[:1]), pick.labels)
-        models[0].train()
+    with torch.random.fork_rng(devices=[]), progress_bar(config.epochs, progress) as advance:
+        torch.manual_seed(seeds[0] % 2**63)
         for epoch in range(config.epochs):
             orders = [epoch_batches(pick.examples, config.batch_size, seed, epoch) for seed in seeds]
             for batch in zip(*orders, strict=True):
                 index = torch.stack(batch).to(device)
-                try:
-                    terms = step_terms(parameters, buffers, *pick(index), index, settings)
-                except RuntimeError as error:
-                    if "vmap" not in str(error):
-                        raise
-                    raise ValueError(
-                        "this model or loss cannot be batched over replicas; train it with fit, one after another. "
-                        f"What vmap said: {str(error).splitlines()[0]}"
-                    ) from error
+                inputs = (*pick(index), index, settings)
+                if step == 0 and not large and not can_batch(step_terms, parameters, buffers, inputs):
+                    step_terms = one_after_another
+                terms = step_terms(parameters, buffers, *inputs)
                 check_finite(terms["loss"], step, epoch, config.lr)
                 optimizer.zero_grad(set_to_none=True)
                 # Each replica's weights appear in its own loss only, so the sum's gradient is each one's own gradient.
@@ -131,7 +206,7 @@ def fit_replicas(
                 for model, keeper in zip(models, best, strict=True):
                     seen = evaluate(model, val)
                     keeper.offer(epoch, seen.accuracy, seen.loss, model)
-
+            advance()
     unstack(parameters, buffers, models)
     for model, keeper in zip(models, best, strict=True):
         keeper.restore(model)
@@ -144,25 +219,71 @@ class gather:
     """Takes ``[R, B]`` positions to images ``[R, B, C, H, W]`` and labels ``[R, B]``, from one split or from R."""
 
     def __init__(self, split: Split | Sequence[Split], replicas: int, device: torch.device):
-        self.own = not isinstance(split, Split)
-        splits = list(split) if self.own else [split]
-        if self.own and len(splits) != replicas:
-            raise ValueError(f"{len(splits)} splits for {replicas} seeds: give one split, or one for each seed")
-        for one in splits:
-            check_split(one)
-            if one.images.shape != splits[0].images.shape:
-                shapes = f"{tuple(splits[0].images.shape)} and {tuple(one.images.shape)}"
-                raise ValueError(f"the replicas' splits must have the same shape to be batched, got {shapes}")
-        self.examples = len(splits[0])
-        self.images, self.labels = splits[0].images.to(device), splits[0].labels.to(device)
-        if self.own:
-            self.images = torch.stack([one.images for one in splits]).to(device)
-            self.labels = torch.stack([one.labels for one in splits]).to(device)
+        self.rows = self.where = None
+        if not isinstance(split, Split):
+            if len(split) != replicas:
+                raise ValueError(f"{len(split)} splits for {replicas} seeds: give one split, or one for each seed")
+            split, self.where = _pooled(split)
             self.rows = torch.arange(replicas, device=device)[:, None]
+            self.where = self.where.to(device)
+        check_split(split)
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.examples = len(split) if self.where is None else self.where.shape[1]
 
     def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        where = (self.rows, index) if self.own else (index,)
+        where = index if self.where is None else self.where[self.rows, index]
         return self.images[where], self.labels[where]
+
+
+def _pooled(splits: Splits | Sequence[Split]) -> tuple[Split, Tensor]:
+    """The images that the splits share, and each one's positions among them."""
+    if isinstance(splits, Splits):
+        return splits.pool, splits.index
+    for one in splits:
+        check_split(one)
+        if one.images.shape != splits[0].images.shape:
+            shapes = f"{tuple(splits[0].images.shape)} and {tuple(one.images.shape)}"
+            raise ValueError(f"the replicas' splits must have the same shape to be batched, got {shapes}")
+    pool = Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]))
+    return pool, torch.arange(len(pool)).view(len(splits), -1)
+
+
+def _slice(part, r: int):
+    return {name: _slice(value, r) for name, value in part.items()} if isinstance(part, dict) else part[r]
+
+
+def look_once(model: nn.Module, pick: gather) -> tuple[Tensor, Tensor]:
+    """Logits of one image, and all labels."""
+    with eval_mode(model), torch.no_grad():
+        return model(pick.images[:1]), pick.labels
+
+
+def convolution_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of the convolutions in one forward pass of ``image`` [1, C, H, W]."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    counts = counter.get_flop_counts().get("Global", {})
+    return sum(flops for operator, flops in counts.items() if "conv" in str(operator)) // 2
+
+
+def can_batch(step_terms: Callable, parameters: dict, buffers: dict, inputs: tuple) -> bool:
+    """Whether ``vmap`` can map this model and loss; everything is as before afterwards."""
+    kept = {name: tensor.clone() for name, tensor in buffers.items()}
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            step_terms(parameters, buffers, *inputs)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        return False
+    finally:
+        torch.set_rng_state(state)
+        for name, tensor in buffers.items():
+            tensor.copy_(kept[name])
+    return True
 
 
 def check_same(models: list[nn.Module]) -> None:
@@ -179,16 +300,6 @@ def check_same(models: list[nn.Module]) -> None:
         if any(model is other for other in models[:r]):
             raise ValueError(
                 "make_model returned the same object twice: return a new model, or a deepcopy, for each seed"
-            )
-    for name, module in models[0].named_modules():
-        if (
-            isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and module.track_running_stats
-            and module.momentum is None
-        ):
-            raise ValueError(
-                f"{name}: a BatchNorm with momentum=None averages over a step count that cannot be batched; "
-                "give it a momentum, or train with fit one after another"
             )
 
 

@@ -1,33 +1,26 @@
 """Training one model, and looking at it: batches in memory, AdamW, the best epoch chosen on validation."""
 
+import copy
+import inspect
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.lab.data import Split
-from course_lib.lab.loop import (
-    AfterStep,
-    BestEpoch,
-    DivergedError,
-    LossFn,
-    as_terms,
-    check_finite,
-    check_logits,
-    check_split,
-    device_of,
-    epoch_batches,
-    make_optimizer,
-    read_loss,
-    set_lr,
-)
+from course_lib.gate import eval_mode
+from course_lib.lab.data import Split, Splits
 
-__all__ = ["SCHEDULES", "DivergedError", "Evaluation", "History", "TrainConfig", "evaluate", "fit"]
+__all__ = ["SCHEDULES", "DivergedError", "Evaluation", "History", "TrainConfig", "accuracy", "evaluate", "fit"]
+__all__ += ["logits_of", "use_threads"]
+
+LossFn = Callable[..., Tensor | Mapping[str, Tensor]]
+AfterStep = Callable[[dict[str, Tensor], int], None]
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -36,13 +29,18 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 }
 
 
+class DivergedError(RuntimeError):
+    """The loss stopped being a finite number; the text says at which step, and what to try."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train: AdamW (Loshchilov & Hutter 2019) with a learning rate that is set anew at every step.
 
     Attributes:
         epochs: passes over the split, at least 1.
-        batch_size: images a step, at least 1; the last batch of an epoch may be smaller.
+        batch_size: images a step, at least 1; the last batch of an epoch may be smaller, but a single image left over
+            joins the batch before it (BatchNorm cannot normalise one).
         lr: learning rate of the first step, above 0.
         weight_decay: AdamW's decoupled decay, at least 0.
         schedule: ``"constant"``, ``"linear"`` (to 0) or ``"cosine"`` (to 0), all counted in steps, not in epochs.
@@ -57,8 +55,9 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -66,9 +65,19 @@ class TrainConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
+    @classmethod
+    def of(cls, config: "TrainConfig | None", recipe: Mapping[str, object]) -> "TrainConfig":
+        """``config``, or a new one from keywords such as ``epochs=12``."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(recipe) - set(known)):
+            raise TypeError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(known)}")
+        if config is not None and recipe:
+            raise TypeError(f"give config, or {', '.join(recipe)}, not both")
+        return config or cls(**recipe)
+
     def steps(self, examples: int) -> int:
         """Optimiser steps of a whole training on that many examples."""
-        return self.epochs * math.ceil(examples / self.batch_size)
+        return self.epochs * len(batch_sizes(examples, self.batch_size))
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of step ``step`` (from 0) out of ``steps``.
@@ -117,23 +126,38 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Evalu
         ValueError: the split is empty, or the model's logits do not fit its labels.
     """
     check_split(split)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            logits = torch.cat([model(images) for images in split.images.to(device_of(model)).split(batch_size)]).cpu()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with eval_mode(model), torch.inference_mode():
+        logits = torch.cat([model(images) for images in split.images.to(device_of(model)).split(batch_size)]).cpu()
     logits = logits.clone()
     check_logits(logits, split.labels)
-    return score(logits, split.labels)
+    right = (logits.argmax(dim=1) == split.labels).double().mean().item()
+    return Evaluation(right, F.cross_entropy(logits.float(), split.labels).item(), logits, split.labels)
 
 
-def score(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Accuracy and cross-entropy of ``logits`` [N, K] against ``labels`` [N]."""
-    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
-    return Evaluation(accuracy, F.cross_entropy(logits, labels).item(), logits, labels)
+def accuracy(models: nn.Module | Iterable[nn.Module], split: Split | Splits) -> np.ndarray:
+    """Accuracy in percent of each model, float64 [R]; model r is tested on its own split where each has one.
+
+    Raises:
+        ValueError: no models, or another number of models than of splits.
+    """
+    pairs = _paired(models, split)
+    return np.array([100 * evaluate(model, own).accuracy for model, own in pairs])
+
+
+def logits_of(models: nn.Module | Iterable[nn.Module], split: Split | Splits) -> Tensor:
+    """What each model answers: logits [R, N, K] on its own split, or on one split for all."""
+    return torch.stack([evaluate(model, own).logits for model, own in _paired(models, split)])
+
+
+def _paired(models: nn.Module | Iterable[nn.Module], split: Split | Splits) -> list[tuple[nn.Module, Split]]:
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    if not models:
+        raise ValueError("there is no model to look at: models is empty")
+    if isinstance(split, Split):
+        return [(model, split) for model in models]
+    if len(models) != len(split):
+        raise ValueError(f"{len(models)} models and {len(split)} splits do not make pairs: give split[:{len(models)}]")
+    return list(zip(models, split, strict=True))
 
 
 def fit(
@@ -172,26 +196,23 @@ def fit(
     """
     config = config or TrainConfig()
     check_split(split)
+    check_trainable(model)
     loss_fn, wants_index = read_loss(loss_fn)
     device = device_of(model)
     images, labels = split.images.to(device), split.labels.to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
-    optimizer = make_optimizer(parameters, config.lr, config.weight_decay)
+    optimizer = make_optimizer(parameters, config)
     history, best, started = History(), BestEpoch(), time.perf_counter()
-    was_training, total = model.training, config.steps(len(split))
-    bar = ProgressBar(config.epochs, progress)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
+    modes, total = [(m, m.training) for m in model.modules()], config.steps(len(split))
+    try:
+        with torch.random.fork_rng(devices=[]), progress_bar(config.epochs, progress) as advance:
+            torch.manual_seed(seed)
             for epoch in range(config.epochs):
                 model.train()
                 sums: dict[str, float] = {}
                 for index in epoch_batches(len(split), config.batch_size, seed, epoch):
                     index = index.to(device)
-                    logits = model(images[index])
+                    logits = forward(model, images[index])
                     if history.steps == 0:
                         check_logits(logits, labels)
                     extra = {"index": index} if wants_index else {}
@@ -214,35 +235,173 @@ def fit(
                     history.val_loss.append(seen.loss)
                     history.val_accuracy.append(seen.accuracy)
                     best.offer(epoch, seen.accuracy, seen.loss, model)
-                bar.update(history)
-        finally:
-            bar.close()
-            model.train(was_training)
-
+                advance()
+    finally:
+        for module, mode in modes:
+            module.training = mode
     history.best_epoch = config.epochs - 1 if val is None else best.epoch
     best.restore(model)
     history.seconds = time.perf_counter() - started
     return history
 
 
-class ProgressBar:
-    """A tqdm bar over epochs for a person who watches; silent in CI and in an unattended run."""
+def use_threads(wanted: int = 2) -> int:
+    """Set torch's threads to ``wanted``, but to no more than this process has cores, nor than ``$OMP_NUM_THREADS``.
 
-    def __init__(self, epochs: int, wanted: bool):
+    Two processes with two threads each on two cores are slower than one with two: whatever starts several lessons at
+    once sets ``OMP_NUM_THREADS`` for them, and a number written into a lesson must not override it.
+    """
+    if isinstance(wanted, bool) or not hasattr(wanted, "__index__") or wanted < 1:
+        raise ValueError(f"wanted must be a whole number of at least 1, got {wanted!r}")
+    # Only where it exists does this tell the cores that a container or taskset leaves to the process.
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    # OpenMP allows a list, one number a nesting level, and passes over what it cannot read.
+    outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    limit = int(outermost) if outermost.isdecimal() and int(outermost) >= 1 else int(wanted)
+    threads = min(int(wanted), cores, limit)
+    torch.set_num_threads(threads)
+    return threads
+
+
+class BestEpoch:
+    """Remembers the weights of the best epoch so far: highest accuracy, then lowest loss, then earliest."""
+
+    def __init__(self):
+        self.epoch, self.rank, self.state = -1, None, None
+
+    def offer(self, epoch: int, accuracy: float, loss: float, model: nn.Module) -> None:
+        rank = (accuracy, -loss)
+        if self.rank is None or rank > self.rank:
+            self.epoch, self.rank, self.state = epoch, rank, copy.deepcopy(model.state_dict())
+
+    def restore(self, model: nn.Module) -> None:
+        if self.state is not None:
+            model.load_state_dict(self.state)
+
+
+class progress_bar:
+    """A bar for a person who watches, as a context manager that gives ``advance()``; silent in an unattended run."""
+
+    def __init__(self, total: int, wanted: bool, what: str = "epochs"):
         self.bar = None
         if wanted and not (os.environ.get("CI") or os.environ.get("COURSE_UNATTENDED")):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=epochs, desc="epochs", leave=False)
+            self.bar = tqdm(total=total, desc=what, leave=False, delay=2)
 
-    def update(self, history: History) -> None:
-        if self.bar is not None:
-            shown = {"loss": f"{history.train_loss[-1]:.3f}"} if history.train_loss else {}
-            if history.val_accuracy:
-                shown["val"] = f"{history.val_accuracy[-1]:.1%}"
-            self.bar.set_postfix(shown)
-            self.bar.update()
+    def __enter__(self) -> Callable[[], None]:
+        return self.bar.update if self.bar is not None else lambda: None
 
-    def close(self) -> None:
+    def __exit__(self, *exc) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def batch_sizes(examples: int, batch_size: int) -> list[int]:
+    """Sizes of an epoch's batches.
+
+    >>> batch_sizes(130, 64), batch_sizes(129, 64), batch_sizes(1, 64)
+    ([64, 64, 2], [64, 65], [1])
+    """
+    full, rest = divmod(examples, batch_size)
+    sizes = [batch_size] * full + [rest] * (rest > 0)
+    return [*sizes[:-2], sizes[-2] + 1] if rest == 1 and full and batch_size > 1 else sizes
+
+
+def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Positions of one epoch's batches, shuffled by (seed, epoch) alone, so that a batched run can repeat them."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    yield from torch.randperm(examples, generator=generator).split(batch_sizes(examples, batch_size))
+
+
+def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """``model(images)`` in training, with a clear word where BatchNorm meets a batch of one."""
+    try:
+        return model(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"BatchNorm cannot normalise a batch of {len(images)}: use a batch_size of at least 2, and 2 images or more"
+        ) from error
+
+
+def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW as every training here uses it."""
+    return torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the step to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def read_loss(loss_fn: LossFn | None) -> tuple[LossFn, bool]:
+    """The loss to call, and whether it wants the batch's positions."""
+    if loss_fn is None:
+        return F.cross_entropy, False
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(logits, labels), got {type(loss_fn).__name__}")
+    try:
+        return loss_fn, "index" in inspect.signature(loss_fn).parameters
+    except ValueError:  # some built-in callables have no signature to read
+        return loss_fn, False
+
+
+def as_terms(result: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a loss function returned, as a dict with the key ``"loss"``."""
+    terms = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    if "loss" not in terms:
+        raise ValueError(f"a loss function's dict needs the key 'loss', got {sorted(terms)}")
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the loss term {name!r} must be a scalar tensor, got {shape}; did you mean .mean()?")
+    return terms
+
+
+def check_split(split: Split) -> None:
+    """Refuse what is no split, or one without a single image."""
+    if not isinstance(split, Split):
+        hint = ", such as data.train[0], or use train_many" if isinstance(split, Sequence) else ""
+        raise TypeError(f"split must be one Split{hint}; got {type(split).__name__}")
+    if len(split) == 0:
+        raise ValueError("the split is empty: there is no image to train on or to look at")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse what cannot be trained: no module, no shape yet, nothing that requires a gradient."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no shape yet (a lazy layer): run the model once on an image first")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
+
+
+def check_logits(logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits that do not fit the labels."""
+    if logits.dim() != 2:
+        raise ValueError(f"the model must return logits [N, K], got shape {tuple(logits.shape)}")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}, but the model has {logits.shape[1]} logits: "
+            f"build it with num_classes={int(labels.max()) + 1}"
+        )
+
+
+def check_finite(loss: Tensor, step: int, epoch: int, lr: float) -> None:
+    """Stop a training whose loss is no longer a number."""
+    if not torch.isfinite(loss).all():
+        raise DivergedError(
+            f"the loss is {loss.detach().tolist()} at step {step} (epoch {epoch}); "
+            f"try a learning rate below {lr:g}, and look for NaN or infinity in the images or in the loss function"
+        )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lives."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

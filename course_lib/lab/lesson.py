@@ -1,0 +1,87 @@
+"""A lesson's set-up in one statement: data and seeds for every replica, threads, style, and the claims ledger."""
+
+import difflib
+
+import numpy as np
+
+from course_lib.evidence.claims import Claim, Ledger
+from course_lib.evidence.plots import use_style
+from course_lib.evidence.statistics import Verdict
+from course_lib.evidence.tables import COVERS
+from course_lib.lab.data import DATASETS, DataError, Split, load_replicas
+from course_lib.lab.training import use_threads
+
+__all__ = ["PROFILES", "Lesson"]
+
+PROFILES = ("quick", "full")
+FEWEST_IMAGES = 1000
+
+
+class Lesson:
+    """What a lesson starts with; printing what runs on what.
+
+    Args:
+        number: such as ``"02.1"``.
+        dataset: one of :data:`~course_lib.lab.data.DATASETS`.
+        profile: ``"quick"``, or ``"full"`` with twice the replicas and all training images.
+        seed: another seed draws everything anew: initial weights, the order of images, every replica's split.
+        replicas: how many networks stand behind every interval in the quick profile on the digits; other data sets,
+            whose images are larger, take at most 8.
+        threads: of torch, at most.
+
+    Attributes:
+        data: each replica's ``train`` and ``test``, and ``val`` for all (:func:`~course_lib.lab.data.load_replicas`).
+        seeds: int64 array [R], one for each replica; ``seeds + 1000`` are others.
+        covers: what ± covers in words.
+
+    Raises:
+        ValueError: an unknown data set or profile. DataError: the data set is not there, or not usable.
+    """
+
+    def __init__(
+        self,
+        number: str,
+        *,
+        dataset: str = "digits",
+        profile: str = "quick",
+        seed: int = 0,
+        replicas: int = 24,
+        threads: int = 2,
+        quiet: bool = False,
+    ):
+        for name, value, known in (("dataset", dataset, DATASETS), ("profile", profile, PROFILES)):
+            if value not in known:
+                close = difflib.get_close_matches(str(value), known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")
+        use_threads(threads)
+        use_style()
+        count = (replicas if dataset == "digits" else min(replicas, 8)) * (2 if profile == "full" else 1)
+        limit = {} if profile == "quick" else {"most": None}
+        self.number, self.dataset, self.profile, self.seed = number, dataset, profile, int(seed)
+        self.data = load_replicas(dataset, count, seed=seed, **limit)
+        # Far apart, so that neither other seeds of the course nor `seeds + 1000` meet these.
+        self.seeds = np.arange(count) + 100_000 * self.seed
+        fixed = isinstance(self.data.test, Split)
+        self.covers = "training and " + ("choice of training images" if fixed else "split")
+        COVERS[:] = [self.covers]
+        self.ledger = Ledger(number, dataset=dataset, profile=profile, seed=self.seed)
+        if missing := self.data.num_classes - len(self.data.val.labels.unique()):
+            raise DataError(f"{missing} of the {self.data.num_classes} classes of {dataset} have no images here")
+        if not quiet:
+            print(self)
+
+    def claim(self, id: str, sentence: str, holds: Verdict | bool, **options) -> Claim:
+        """Record a claim and show it: see :meth:`course_lib.evidence.claims.Ledger.claim`."""
+        return self.ledger.claim(id, sentence, holds, **options)
+
+    def __str__(self) -> str:
+        train, test = self.data.train.images_each, self.data.test
+        fixed = isinstance(test, Split)
+        each = f"its own {train:,} training" + ("" if fixed else f" and {test.images_each:,} test") + " images"
+        shared = f"{len(self.data.val):,} validation" + (f" and {len(test):,} test" if fixed else "") + " images for all"
+        few = "" if len(self.data.train.pool) >= FEWEST_IMAGES else (
+            f"\nThat is fewer than the {FEWEST_IMAGES:,} training images that the course is made for: "
+            "intervals will be wide, and some claims will not hold."
+        )  # fmt: skip
+        return f"{self.dataset}: {len(self.seeds)} replicas, each with {each}; {shared}; ± covers {self.covers}{few}"
