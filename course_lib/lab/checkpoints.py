@@ -1,42 +1,33 @@
 """Trained weights kept on disk: never a stale one, never a damaged one, and trained once however many ask.
 
 A checkpoint is a safetensors file with its sha256 beside it (safetensors loads a flipped byte without a word). Its name
-and its metadata carry a key made of everything that determines the weights.
+carries a key made of everything that determines the weights.
 """
 
+import contextlib
 import hashlib
 import json
-import os
-import struct
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from course_lib.lab.data import Split
+from course_lib.files import cache_folder, source_hash, write_file
+from course_lib.lab.data import Split, Splits
 
-__all__ = ["CheckpointError", "cache_folder", "checkpoint_key", "load_checkpoint", "save_checkpoint", "train_or_load"]
+__all__ = ["CheckpointError", "checkpoint_key", "load_checkpoint", "save_checkpoint", "train_or_load"]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or not the one that was asked for; the text names the file and the fault."""
 
 
-def cache_folder() -> Path:
-    """Where checkpoints live: ``$COURSE_CACHE``, or the user's cache folder."""
-    if os.environ.get("COURSE_CACHE"):
-        return Path(os.environ["COURSE_CACHE"]).expanduser() / "checkpoints"
-    from platformdirs import user_cache_path
-
-    return user_cache_path("compression-course") / "checkpoints"
-
-
 def checkpoint_key(**parts: object) -> str:
-    """A sha256 over named parts: numbers, texts, lists, dicts, dataclasses, tensors, splits and modules' weights.
+    """A sha256 over named parts: numbers, texts, lists, dicts, dataclasses, arrays, splits and modules' weights.
 
     Torch's version and the source of the training code are always part of it, so that a changed loop trains anew.
 
@@ -48,59 +39,41 @@ def checkpoint_key(**parts: object) -> str:
     >>> checkpoint_key(model="mlp32", seed=0) == checkpoint_key(model="mlp32", seed=1)
     False
     """
-    code = {name: _source(name) for name in ("loop", "models", "replicas", "training")}
+    code = source_hash(*(Path(__file__).with_name(f"{name}.py") for name in ("models", "replicas", "training")))
     content = {"parts": _stable(parts, "key"), "torch": torch.__version__, "code": code}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module], *, key: str) -> Path:
-    """Write the weights and buffers of one model or of several replicas; a reader never sees half a file."""
+def save_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module]) -> Path:
+    """Write the weights and buffers of one model or of several replicas; an ``OSError`` names the file."""
     from safetensors.torch import save
 
-    path = Path(path)
-    tensors = {
-        f"{r}/{name}": tensor.detach().cpu().contiguous().clone()
-        for r, model in enumerate(_listed(models))
-        for name, tensor in model.state_dict().items()
-    }
-    data = save(tensors, metadata={"key": key, "replicas": str(len(_listed(models)))})
-    _replace(path, data)
-    _replace(_digest_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named(models).items()})
+    path = write_file(path, data)
+    write_file(_digest(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
     return path
 
 
-def load_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module], *, key: str) -> None:
+def load_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module]) -> None:
     """Load a checkpoint into ``models``, which stay as they were if anything is wrong with it.
 
     Raises:
-        CheckpointError: no such file, no digest or another one, not a safetensors file, another key, other tensors.
+        CheckpointError: no such file, no digest or another one, not a safetensors file, other tensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = Path(path)
     try:
-        data, recorded = path.read_bytes(), _digest_path(path).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read with its digest {_digest_path(path).name}: {error}") from error
-    if not recorded or hashlib.sha256(data).hexdigest() != recorded[0]:
-        raise CheckpointError(f"{path}: its sha256 is not the recorded one: the file is truncated or was changed")
-    try:
-        metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__") or {}
+        data, recorded = path.read_bytes(), _digest(path).read_text(encoding="utf-8").split()[:1]
+        if [hashlib.sha256(data).hexdigest()] != recorded:
+            raise CheckpointError(f"{path}: its sha256 is not the recorded one: the file is truncated or was changed")
         tensors = load(data)
-    except (SafetensorError, ValueError, struct.error, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
-    if metadata.get("key") != key:
-        raise CheckpointError(f"{path}: made with another key ({metadata.get('key', 'none')}), asked for was {key}")
-    wanted = {
-        f"{r}/{name}": tensor for r, model in enumerate(_listed(models)) for name, tensor in model.state_dict().items()
-    }
-    differ = [
-        n
-        for n in sorted({*wanted, *tensors})
-        if n not in wanted or n not in tensors or wanted[n].shape != tensors[n].shape
-    ]
-    if differ:
+    except (OSError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read with its digest {_digest(path).name}: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in _named(models).items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if differ := sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name)):
         raise CheckpointError(f"{path}: does not fit the model, differing at {', '.join(differ[:5])}")
     for r, model in enumerate(_listed(models)):
         model.load_state_dict({name: tensors[f"{r}/{name}"] for name in model.state_dict()})
@@ -116,72 +89,79 @@ def train_or_load(
 ) -> nn.Module | list[nn.Module]:
     """The trained model, from the cache if a sound checkpoint with this key is there, else trained and stored.
 
-    Of several processes that ask at once, one trains and the others wait and load (a file lock).
+    Of several processes that ask at once, one trains and the others wait and load (a file lock). Loading writes nothing
+    and needs no lock, so that a class may share a folder that it can only read; what cannot be kept there is trained
+    all the same, with a warning.
 
     Args:
         name: a word for the file name, such as ``"teacher"``.
         make: builds the untrained model, or a list of replicas.
         train: trains what ``make`` gave, in place, or returns other models to keep instead.
-        key: everything that determines the weights, as for :func:`checkpoint_key`: data (a ``Split``), config, seeds.
-        folder: where to keep it; ``None`` means :func:`cache_folder`.
+        key: everything that determines the weights, as for :func:`checkpoint_key`: data, config, seeds.
+        folder: where to keep it; ``None`` means ``cache_folder("checkpoints")``.
     """
     from filelock import FileLock
 
     if not name or not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"name must be letters, digits, '-' and '_', got {name!r}")
-    digest = checkpoint_key(name=name, **dict(key))
-    folder = Path(folder) if folder is not None else cache_folder()
-    path = folder / f"{name}-{digest[:16]}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    models = make()
-    with FileLock(str(path) + ".lock"):
+    folder = cache_folder("checkpoints") if folder is None else Path(folder)
+    path, models = folder / f"{name}-{checkpoint_key(**key)}.safetensors", make()
+    if path.exists():
+        with contextlib.suppress(CheckpointError):  # told below, unless another process is mending it right now
+            load_checkpoint(path, models)
+            return models
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(f"{path}.lock").acquire()
+    except OSError as error:
+        warnings.warn(f"{path} cannot be kept, training without it: {error}", stacklevel=2)
+        return _trained(train, models)
+    with held:
         if path.exists():
             try:
-                load_checkpoint(path, models, key=digest)
+                load_checkpoint(path, models)
                 return models
             except CheckpointError as error:
                 warnings.warn(f"checkpoint refused, training anew: {error}", stacklevel=2)
-        trained = train(models)
-        # Only a return value of models counts: fit, for one, returns its history.
-        if isinstance(trained, nn.Module) or (
-            isinstance(trained, list) and trained and isinstance(trained[0], nn.Module)
-        ):
-            models = trained
-        save_checkpoint(path, models, key=digest)
+        models = _trained(train, models)
+        try:
+            save_checkpoint(path, models)
+        except OSError as error:
+            warnings.warn(f"the trained weights could not be kept: {error}", stacklevel=2)
     return models
+
+
+def _trained(train: Callable, models: nn.Module | list[nn.Module]) -> nn.Module | list[nn.Module]:
+    given = train(models)
+    # Only a return value of models counts: fit, for one, returns its history.
+    kept = isinstance(given, nn.Module) or (isinstance(given, list) and given and isinstance(given[0], nn.Module))
+    return given if kept else models
 
 
 def _listed(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     return [models] if isinstance(models, nn.Module) else list(models)
 
 
-def _digest_path(path: Path) -> Path:
+def _named(models: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor]:
+    return {f"{r}/{name}": tensor for r, m in enumerate(_listed(models)) for name, tensor in m.state_dict().items()}
+
+
+def _digest(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
-def _source(name: str) -> str:
-    return hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest()
-
-
 def _stable(value: object, where: str) -> object:
+    """The content of a value as JSON can hold it."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        raw = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-        return ["tensor", str(data.dtype), list(data.shape), hashlib.sha256(raw).hexdigest()]
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = torch.as_tensor(value).detach().cpu().contiguous()
+        raw = array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b""
+        return ["array", str(array.dtype), list(array.shape), hashlib.sha256(raw).hexdigest()]
+    if isinstance(value, Splits):
+        return ["splits", _stable(value.pool, where), _stable(value.index, where)]
     if isinstance(value, Split):
         return ["split", _stable(value.images, where), _stable(value.labels, where)]
     if isinstance(value, nn.Module):
@@ -192,6 +172,5 @@ def _stable(value: object, where: str) -> object:
         return {str(name): _stable(part, f"{where}.{name}") for name, part in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_stable(part, f"{where}[{i}]") for i, part in enumerate(value)]
-    raise TypeError(
-        f"{where}: a {type(value).__name__} has no stable content to make a key of; give its name or numbers"
-    )
+    given = f"a {type(value).__name__} has no stable content to make a key of"
+    raise TypeError(f"{where}: {given}; give its name or numbers")

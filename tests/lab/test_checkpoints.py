@@ -1,23 +1,26 @@
+import hashlib
 import json
 import multiprocessing
 import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
 from torch import nn
 
+from course_lib.files import cache_folder
 from course_lib.lab.checkpoints import (
     CheckpointError,
-    cache_folder,
     checkpoint_key,
     load_checkpoint,
     save_checkpoint,
     train_or_load,
 )
+from course_lib.lab.data import Splits
 from course_lib.lab.models import build_model
 from course_lib.lab.training import TrainConfig
 
@@ -29,13 +32,15 @@ def mlp(seed=0):
 def test_round_trip_with_buffers_and_replicas(tmp_path):
     models = [build_model("cnn_teacher", (1, 8, 8), 10, seed=s) for s in (0, 1)]
     models[1].bn1.running_mean.fill_(3.0)
-    path = save_checkpoint(tmp_path / "a.safetensors", models, key="k")
+    path = save_checkpoint(tmp_path / "a.safetensors", models)
     others = [build_model("cnn_teacher", (1, 8, 8), 10, seed=s) for s in (5, 6)]
-    load_checkpoint(path, others, key="k")
+    load_checkpoint(path, others)
     for model, other in zip(models, others, strict=True):
         for name, tensor in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], tensor), name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "a.safetensors.sha256"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (tmp_path / "a.safetensors.sha256").read_text() == f"{digest}  a.safetensors\n"
 
 
 def damage_truncated(path):
@@ -49,8 +54,6 @@ def damage_flipped(path):
 
 
 def damage_foreign(path):
-    import hashlib
-
     path.write_bytes(b"PK\x03\x04 this is another kind of file")
     path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -62,32 +65,42 @@ def damage_digest(path):
 DAMAGE = {
     damage_truncated: "sha256",
     damage_flipped: "sha256",
-    damage_foreign: "not a safetensors file",
+    damage_foreign: "cannot be read",
     damage_digest: "cannot be read",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_and_the_model_untouched(damage, tmp_path):
-    path = save_checkpoint(tmp_path / "a.safetensors", mlp(0), key="k")
+    path = save_checkpoint(tmp_path / "a.safetensors", mlp(0))
     damage(path)
     other = mlp(1)
     before = other.fc1.weight.clone()
     with pytest.raises(CheckpointError, match=DAMAGE[damage]) as error:
-        load_checkpoint(path, other, key="k")
+        load_checkpoint(path, other)
     assert "a.safetensors" in str(error.value)
     assert torch.equal(other.fc1.weight, before)
 
 
-def test_another_key_or_another_model_is_refused(tmp_path):
-    path = save_checkpoint(tmp_path / "a.safetensors", mlp(0), key="k")
-    with pytest.raises(CheckpointError, match="made with another key"):
-        load_checkpoint(path, mlp(0), key="other")
+def test_another_model_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path / "a.safetensors", mlp(0))
     with pytest.raises(CheckpointError, match=r"does not fit.*0/fc1"):
-        load_checkpoint(path, build_model("mlp32", (1, 8, 8), 10), key="k")
-    path.write_bytes(save({"x": torch.ones(1)}))
-    with pytest.raises(CheckpointError, match="sha256"):
-        load_checkpoint(path, mlp(0), key="k")
+        load_checkpoint(path, build_model("mlp32", (1, 8, 8), 10))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_checkpoint(path, [mlp(0), mlp(1)])
+
+
+def test_tied_weights_come_back_tied(tmp_path):
+    def tied(value):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1].weight = model[0].weight
+        nn.init.constant_(model[0].weight, value)
+        return model
+
+    path, other = save_checkpoint(tmp_path / "a.safetensors", tied(3.0)), tied(1.0)
+    load_checkpoint(path, other)
+    assert other[1].weight is other[0].weight
+    assert (other[0].weight == 3).all()
 
 
 def test_trains_once_then_loads(tmp_path):
@@ -111,7 +124,7 @@ def test_models_that_train_returns_are_kept():
     again = train_or_load("list", lambda: [mlp(0)], lambda models: pytest.fail("trained twice"), key={})
     assert torch.equal(first[0].fc1.weight, again[0].fc1.weight)
     assert torch.equal(again[0].fc1.weight, mlp(9).fc1.weight)
-    assert list(cache_folder().glob("list-*.safetensors"))
+    assert list(cache_folder("checkpoints").glob("list-*.safetensors"))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -129,14 +142,46 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_retrained(damage, tmp_path)
     train_or_load("small", mlp, lambda m: pytest.fail("the new one is sound"), key={}, folder=tmp_path)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_costs_the_file_and_not_the_training(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path / "a.safetensors", mlp(), key="k")
+    with pytest.raises(OSError, match=r"No space.*a\.safetensors"):
+        save_checkpoint(tmp_path / "a.safetensors", mlp())
     assert list(tmp_path.iterdir()) == []
+    with pytest.warns(UserWarning, match=r"could not be kept.*No space.*small-\w+\.safetensors"):
+        model = train_or_load("small", mlp, lambda m: nn.init.constant_(m.fc1.weight, 2.0), key={}, folder=tmp_path)
+    assert (model.fc1.weight == 2).all()
+
+
+def test_a_read_only_folder_needs_no_lock(tmp_path, monkeypatch):
+    train_or_load("small", mlp, lambda m: nn.init.constant_(m.fc1.weight, 2.0), key={"seed": 0}, folder=tmp_path)
+    for path in tmp_path.iterdir():
+        if path.suffix == ".lock":
+            path.unlink()
+    before, real_open = sorted(tmp_path.iterdir()), os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    model = train_or_load("small", mlp, lambda m: pytest.fail("trained"), key={"seed": 0}, folder=tmp_path)
+    assert (model.fc1.weight == 2).all()
+    with pytest.warns(UserWarning, match="cannot be kept, training without it"):
+        train_or_load("small", mlp, lambda m: None, key={"seed": 1}, folder=tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    old = os.umask(0o022)
+    try:
+        path = save_checkpoint(tmp_path / "a.safetensors", mlp())
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (path, tmp_path / "a.safetensors.sha256")} == {0o644}
 
 
 def _race(folder, log):
@@ -174,10 +219,14 @@ def test_the_key_holds_everything(few):
         {"seeds": range(4)},
         {"init": mlp(1)},
         {"note": 1.5},
+        {"seeds": np.arange(3)},
+        {"data": Splits(few, torch.arange(8).view(2, 4))},
+        {"data": Splits(few, torch.arange(8).view(2, 4).flip(0))},
     ):
         keys.add(checkpoint_key(**{**base, **change}))
-    assert len(keys) == 7
+    assert len(keys) == 10
     assert checkpoint_key(**base) in keys
+    assert checkpoint_key(seed=np.int64(3)) == checkpoint_key(seed=3)
     assert json.dumps(sorted(keys))
 
 
