@@ -6,14 +6,15 @@ weights best). Afterwards only the centroids are trained: a centroid's gradient 
 weights that share it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from course_lib.methods.layers import MadeWeight, new_like, plain, replace_layers
-from course_lib.methods.quantization import check_real
+from course_lib.gate import new_like, replace_layers
+from course_lib.methods.quantization import check_real, naming, whole_number
+from course_lib.methods.quantized_layers import MadeWeight, bits_by_layer, plain, refuse_made
 
 __all__ = ["Codebook", "SharedConv2d", "SharedLinear", "kmeans_codebook", "plain", "share_weights"]
 
@@ -39,8 +40,8 @@ def kmeans_codebook(
         weight: finite floating-point tensor of any shape, not empty.
         bits: width of an index, 1 to 8.
         keep_zeros: zeros stay exactly zero and take one of the 2^bits entries (if there are any): a pruned weight
-            stays so.
-        iterations: at most so many rounds, at least 1; it ends earlier when no assignment changes.
+            stays so, and a small weight that lies nearest to zero goes to the nearest other centroid.
+        iterations: at most so many rounds, at least 1; it ends earlier when no centroid moves.
         dtype: round the centroids to this type (say ``torch.float16``, half the bytes in a file) before they are used.
 
     Returns:
@@ -51,61 +52,39 @@ def kmeans_codebook(
     >>> [round(c, 3) for c in book.centroids.tolist()], book.index.tolist()
     ([-2.1, 0.0, 1.0], [2, 2, 1, 0, 0])
     """
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"bits must be an integer from 1 to 8, got {bits!r}")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be from 1 to 8, got {bits}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
-    values = check_real(weight, "weight").double().flatten().cpu().numpy()
-    has_zeros = keep_zeros and bool((values == 0).any())
-    free = values[values != 0] if has_zeros else values
-    centroids = lloyd(np.sort(free), 2**bits - has_zeros, iterations)
-    if dtype is not None:
-        centroids = torch.from_numpy(centroids).to(dtype).double().numpy()
-        if not np.isfinite(centroids).all():
-            raise ValueError(f"weights up to {np.abs(values).max():g} do not fit into {dtype}")
-    centroids = np.unique(np.append(centroids, 0.0) if has_zeros else centroids)
-    index = nearest(values, centroids)
-    if has_zeros:
-        zero = int(np.searchsorted(centroids, 0.0))
-        # A small weight may lie nearest to zero; it stays a weight, or pruning would go on unasked.
-        away = free_index(values, np.delete(centroids, zero))
-        index = np.where(values == 0, zero, away + (away >= zero)) if len(centroids) > 1 else index
-    used, index = np.unique(index, return_inverse=True)
-    shared = torch.from_numpy(centroids[used]).to(weight.device, weight.dtype)
-    return Codebook(shared, torch.from_numpy(index.reshape(weight.shape)).to(weight.device))
+    bits, iterations = whole_number(bits, "bits", 1, 8), whole_number(iterations, "iterations", 1)
+    values = check_real(weight, "weight").double().flatten()
+    zero = (values == 0) & keep_zeros
+    centroids = lloyd(values[~zero].sort().values, 2**bits - bool(zero.any()), iterations)
+    centroids = check_real(centroids.to(dtype or weight.dtype), f"centroids in {dtype}").double()
+    nearest = torch.bucketize(values, (centroids[1:] + centroids[:-1]) / 2)
+    shared = torch.where(zero, 0.0, centroids[nearest])
+    centroids, index = shared.to(weight.dtype).unique(return_inverse=True)
+    return Codebook(centroids, index.view(weight.shape))
 
 
-def nearest(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Index of the nearest of ascending ``centroids``."""
-    return np.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
+def lloyd(ordered: Tensor, clusters: int, iterations: int) -> Tensor:
+    """Centroids of ascending values, float64; clusters that run empty are dropped.
 
+    A cluster is a stretch of the ascending values, between the middles of its centroid and the neighbouring ones.
 
-def free_index(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """As :func:`nearest`; zeros everywhere if there is no centroid."""
-    return nearest(values, centroids) if len(centroids) else np.zeros(values.shape, dtype=np.int64)
-
-
-def lloyd(ordered: np.ndarray, clusters: int, iterations: int) -> np.ndarray:
-    """Centroids of ascending values; clusters that run empty are dropped."""
-    if clusters == 0 or len(ordered) == 0:
-        return np.zeros(0)
-    distinct = np.unique(ordered)
+    >>> lloyd(torch.tensor([0.0, 1.0, 8.0, 10.0]).double(), 2, 10).tolist()
+    [0.5, 9.0]
+    """
+    distinct = ordered.unique()
     if len(distinct) <= clusters:
-        return distinct
-    centroids = np.linspace(ordered[0], ordered[-1], clusters) if clusters > 1 else np.array([ordered.mean()])
-    sums = np.concatenate([[0.0], np.cumsum(ordered)])
-    last = None
+        return distinct if len(distinct) else torch.zeros(1).to(ordered)
+    centroids = torch.linspace(ordered[0], ordered[-1], clusters, dtype=ordered.dtype, device=ordered.device)
+    sums = nn.functional.pad(ordered.cumsum(0), (1, 0))
     for _ in range(iterations):
-        edges = np.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
-        cuts = np.concatenate([[0], edges, [len(ordered)]])
-        if last is not None and np.array_equal(cuts, last):
+        edges = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
+        cuts = nn.functional.pad(nn.functional.pad(edges, (1, 0)), (0, 1), value=len(ordered))
+        sizes, before = cuts.diff(), centroids
+        means = sums[cuts].diff() / sizes.clamp(min=1)
+        centroids = torch.where(sizes > 0, means, before)
+        if torch.equal(centroids, before):
             break
-        last, sizes = cuts, np.diff(cuts)
-        means = np.diff(sums[cuts]) / np.maximum(sizes, 1)
-        centroids = np.where(sizes > 0, means, centroids)
-    return np.unique(centroids[sizes > 0])
+    return centroids[sizes > 0].unique()
 
 
 class Shared(MadeWeight):
@@ -134,35 +113,39 @@ class SharedConv2d(Shared, nn.Conv2d):
 
 
 def share_weights(
-    model: nn.Module, bits: int | dict[str, int] = 4, *, keep_zeros: bool = True, iterations: int = 50
+    model: nn.Module,
+    bits: int | dict[str, int] = 4,
+    *,
+    keep_zeros: bool = True,
+    iterations: int = 50,
+    skip: Collection[str] = (),
 ) -> nn.Module:
     """A copy of ``model`` whose linear and convolution weights come from one codebook a layer, ready for fine-tuning.
 
     Args:
-        model: a trained network, perhaps pruned; it is not modified.
+        model: a trained network, perhaps pruned; it is not modified. Layers that share a weight go on sharing it.
         bits: width of the indices, 1 to 8, for all layers or by layer name (layers not named stay as they are).
         keep_zeros, iterations: see :func:`kmeans_codebook`.
+        skip: names of layers to leave as they are.
 
     Returns:
         The copy; its trainable parameters are the centroids and the biases. :func:`plain` gives ordinary layers back.
+
+    Raises:
+        UnsupportedModel: see :func:`~course_lib.gate.replace_layers`. ValueError: bits out of range, a name that is no
+            layer, NaN or infinite weights.
 
     >>> shared = share_weights(nn.Linear(20, 10), bits=2)
     >>> sorted(name for name, _ in shared.named_parameters()), shared.made_weight().unique().numel() <= 4
     (['bias', 'centroids'], True)
     """
-    names = {name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    if isinstance(bits, dict) and set(bits) - names:
-        unknown = sorted(set(bits) - names)
-        raise ValueError(f"bits names no linear or convolution layer: {unknown} (there are: {sorted(names)})")
+    widths, skip = bits_by_layer(model, bits, "bits", 1, skip)
 
     def convert(name: str, layer: nn.Module) -> nn.Module:
-        if isinstance(layer, MadeWeight):
-            raise ValueError(f"{name} is {type(layer).__name__} already; take plain(model) first")
-        if isinstance(bits, dict) and name not in bits:
-            return layer
-        width = bits[name] if isinstance(bits, dict) else bits
-        book = kmeans_codebook(layer.weight.detach(), width, keep_zeros=keep_zeros, iterations=iterations)
+        refuse_made(name, layer)
+        with naming(name):
+            book = kmeans_codebook(layer.weight, widths[name], keep_zeros=keep_zeros, iterations=iterations)
         kind = SharedConv2d if isinstance(layer, nn.Conv2d) else SharedLinear
-        return new_like(layer, kind, book.values(), codebook=book, entries=2**width)
+        return new_like(layer, kind, book.values(), codebook=book, entries=2 ** widths[name])
 
-    return replace_layers(model, convert)
+    return replace_layers(model, convert, skip=skip, doing="share the weights of")

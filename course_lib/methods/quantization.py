@@ -2,13 +2,14 @@
 
 A value x is stored as the integer ``q = clamp(round(x / scale) + zero_point, qmin, qmax)`` and read as
 ``(q - zero_point) · scale`` (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference"; Krishnamoorthi 2018 for per-channel scales). The gradient through the rounding is
-the straight-through estimator (Bengio et al. 2013). Neighbours: :mod:`~course_lib.methods.ranges` chooses ranges for
-activations, :mod:`~course_lib.methods.qat` puts the quantizer into a network, :mod:`~course_lib.methods.integer`
-computes with the integers themselves.
+Integer-Arithmetic-Only Inference"; Krishnamoorthi 2018 for a scale a channel). The gradient through the rounding is
+the straight-through estimator (Bengio et al. 2013). Every scale of the library comes from :func:`safe_scale`.
 """
 
+import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,11 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "floor_quantize",
     "integer_range",
     "qparams_from_range",
     "quantize",
+    "signal_to_noise",
     "straight_through",
 ]
 
@@ -34,11 +37,12 @@ class QuantParams:
     """A grid: how integers between ``qmin`` and ``qmax`` stand for real numbers.
 
     Attributes:
-        scale: step of the grid, float32, above 0; shape [] for the whole tensor or [C] for one step a channel.
+        scale: step of the grid, float32, above 0; shape [] for the whole tensor, [C] for one step a channel, or
+            [..., n / group] for one step a group of consecutive numbers in the last dimension.
         zero_point: the integer that stands for 0.0, int32, between qmin and qmax; same shape as ``scale``.
-        qmin: smallest integer.
-        qmax: largest integer, above qmin.
-        axis: the tensor's dimension that counts the C channels (not negative), or ``None`` for one scale in all.
+        qmin, qmax: smallest and largest integer.
+        axis: the tensor's dimension that counts the C channels (not negative), or ``None``.
+        group: numbers that share a step, or ``None``; a group lies within its row, so ``axis`` is ``None`` then.
 
     Numbers are accepted for ``scale`` and ``zero_point`` and become tensors.
 
@@ -51,78 +55,73 @@ class QuantParams:
     qmin: int
     qmax: int
     axis: int | None = None
+    group: int | None = None
 
     def __post_init__(self):
         scale = torch.as_tensor(self.scale).detach().to(torch.float32)
         zero_point = torch.as_tensor(self.zero_point, device=scale.device).detach().to(torch.int32)
-        if zero_point.dim() == 0:
-            zero_point = zero_point.expand(scale.shape).contiguous()
-        if not self.qmin < self.qmax:
-            raise ValueError(f"qmin must be below qmax, got qmin={self.qmin}, qmax={self.qmax}")
-        if scale.shape != zero_point.shape or scale.dim() != (0 if self.axis is None else 1):
-            fits = "shape []" if self.axis is None else "shape [C]"
-            raise ValueError(
-                f"scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)} do not fit axis={self.axis}: "
-                f"both need {fits}"
-            )
-        if self.axis is not None and self.axis < 0:
-            raise ValueError(f"axis of QuantParams must not be negative, got {self.axis}")
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ValueError(f"scale must be positive and finite, got {scale.tolist()}")
-        if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
-            raise ValueError(f"zero_point must be within [{self.qmin}, {self.qmax}], got {zero_point.tolist()}")
+        zero_point = zero_point.expand(scale.shape).contiguous() if zero_point.dim() == 0 else zero_point
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
+        if not self.qmin < self.qmax:
+            raise ValueError(f"qmin must be below qmax, got qmin={self.qmin}, qmax={self.qmax}")
+        if self.axis is not None and (self.axis < 0 or self.group is not None):
+            raise ValueError(f"axis must not be negative, and None with a group; got {self.axis}, group={self.group}")
+        fits = scale.dim() > 0 if self.group is not None else scale.dim() == (self.axis is not None)
+        if scale.shape != zero_point.shape or not fits:
+            raise ValueError(
+                f"scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)} do not fit axis={self.axis}, "
+                f"group={self.group}: both need shape [] for a tensor, [C] for an axis, [..., n / group] for groups"
+            )
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(f"scale must be positive and finite in float32, got {scale.tolist()}")
+        if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
+            raise ValueError(f"zero_point must be within [{self.qmin}, {self.qmax}], got {zero_point.tolist()}")
 
     @property
     def bits(self) -> int:
-        """Bits that one integer of this grid takes when packed."""
+        """Bits that one integer of this grid takes when packed; scales not counted."""
         return (self.qmax - self.qmin).bit_length()
 
     @property
     def dtype(self) -> torch.dtype:
         """The smallest integer type that holds qmin to qmax; unsigned if there is nothing below 0."""
-        bytes_first = (torch.uint8, torch.int8) if self.qmin >= 0 else (torch.int8, torch.uint8)
-        for dtype in (*bytes_first, torch.int16, torch.int32):
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
             if torch.iinfo(dtype).min <= self.qmin and self.qmax <= torch.iinfo(dtype).max:
                 return dtype
         raise ValueError(f"[{self.qmin}, {self.qmax}] does not fit into 32 bits")
 
     def shaped_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against ``x``; ValueError if ``x`` does not fit."""
-        if self.axis is None:
-            return self.scale, self.zero_point
-        if self.axis >= x.dim() or x.shape[self.axis] != self.scale.numel():
-            raise ValueError(
-                f"{self.scale.numel()} scales along axis {self.axis} do not fit a tensor of shape {tuple(x.shape)}"
-            )
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
-        return self.scale.view(shape), self.zero_point.view(shape)
+        if self.group is not None:
+            fits = x.shape == (*self.scale.shape[:-1], self.scale.shape[-1] * self.group)
+        else:
+            fits = self.axis is None or (self.axis < x.dim() and x.shape[self.axis] == self.scale.numel())
+        if not fits:
+            along = f"along axis {self.axis}" if self.group is None else f"for groups of {self.group}"
+            shape = tuple(self.scale.shape)
+            raise ValueError(f"scales of shape {shape} {along} do not fit a tensor of shape {tuple(x.shape)}")
+        return tuple(spread(t, x.dim(), self.axis, self.group) for t in (self.scale, self.zero_point))
 
 
-def check_bits(bits: int) -> int:
-    """``bits`` as an int between 2 and 8, or a clear error."""
-    try:
-        if isinstance(bits, bool):
-            raise TypeError
-        bits = operator.index(bits)
-    except TypeError:
-        raise TypeError(f"bits must be an integer from 2 to 8, got {bits!r}") from None
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be from 2 to 8, got {bits}")
-    return bits
+def whole_number(value: int, name: str, least: int, most: int | None = None) -> int:
+    """``value`` as an int within [least, most], or an error; integers of NumPy are welcome, bools are not."""
+    fits = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be {fits}, got {value!r}")
+    if operator.index(value) < least or (most is not None and operator.index(value) > most):
+        raise ValueError(f"{name} must be {fits}, got {value}")
+    return operator.index(value)
 
 
-def check_real(x: Tensor, name: str = "x", *, finite: bool = True, empty: bool = False) -> Tensor:
+def check_real(x: Tensor, name: str = "x", *, empty: bool = False) -> Tensor:
     """``x`` detached, if it is a tensor of finite real floating-point numbers; a clear error otherwise."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of floating-point numbers, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype} of shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a torch.Tensor of floating-point numbers, got {kind}")
     if x.numel() == 0 and not empty:
         raise ValueError(f"{name} is empty (shape {tuple(x.shape)}): a range needs at least one value")
-    if finite and not bool(torch.isfinite(x).all()):
+    if not bool(torch.isfinite(x).all()):
         count = int((~torch.isfinite(x)).sum())
         raise ValueError(
             f"{name} of shape {tuple(x.shape)} holds {count} NaN or infinite value{'s' * (count > 1)}: "
@@ -131,86 +130,153 @@ def check_real(x: Tensor, name: str = "x", *, finite: bool = True, empty: bool =
     return x.detach()
 
 
-def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
-    """(qmin, qmax): ±(2^(bits-1) - 1) when symmetric, 0 to 2^bits - 1 when not.
-
-    The symmetric grid gives up one integer so that -x and x are always equally well represented.
-
-    >>> integer_range(8, symmetric=True), integer_range(2, symmetric=True), integer_range(4, symmetric=False)
-    ((-127, 127), (-1, 1), (0, 15))
-    """
-    bits = check_bits(bits)
-    largest = 2 ** (bits - 1) - 1
-    return (-largest, largest) if symmetric else (0, 2**bits - 1)
-
-
-def choose_qparams(x: Tensor, bits: int = 8, *, symmetric: bool = True, axis: int | None = None) -> QuantParams:
-    """The grid that just covers the values of ``x`` (min-max), with 0.0 on it exactly.
-
-    Args:
-        x: floating-point tensor of any shape, not empty, all finite.
-        bits: width from 2 to 8.
-        symmetric: ``True``: zero point 0 and integers ±(2^(bits-1) - 1), in int8. ``False``: integers 0 to 2^bits -
-            1, in uint8; the range [min, max] is widened to contain 0.
-        axis: dimension with one scale for each of its slices; ``None`` for one scale in all. May be negative.
-
-    Returns:
-        QuantParams. Every value of ``x`` comes back within half a step. A tensor (or channel) of zeros gets scale 1.
-
-    Raises:
-        TypeError: ``x`` is no floating-point tensor, or ``bits`` or ``axis`` is no integer.
-        ValueError: bits outside 2 to 8, an empty tensor, NaN or infinite values, an axis that ``x`` does not have.
-
-    >>> q = choose_qparams(torch.tensor([-1.0, 0.0, 0.5, 2.0]), bits=4)
-    >>> round(q.scale.item(), 4), q.zero_point.item(), q.qmin, q.qmax
-    (0.2857, 0, -7, 7)
-    """
-    bits = check_bits(bits)
-    x = check_real(x)
-    axis = check_axis(axis, x)
-    if axis is None:
-        low, high = x.aminmax()
-    else:
-        low, high = x.movedim(axis, 0).reshape(x.shape[axis], -1).aminmax(dim=1)
-    return qparams_from_range(low, high, bits, symmetric=symmetric, axis=axis)
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """What is found wrong inside is said with the name of the layer."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {layer!r}: {error}") from error
 
 
 def check_axis(axis: int | None, x: Tensor) -> int | None:
     """``axis`` counted from the front, or a clear error."""
     if axis is None:
         return None
-    try:
-        if isinstance(axis, bool):
-            raise TypeError
-        index = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an integer or None, got {axis!r}") from None
-    if not -x.dim() <= index < x.dim():
-        raise ValueError(f"axis {index} is out of range for a tensor of shape {tuple(x.shape)}")
-    return index % x.dim()
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+        raise TypeError(f"axis must be an integer or None, got {axis!r}")
+    if not -x.dim() <= operator.index(axis) < x.dim():
+        raise ValueError(f"axis {axis} is out of range for a tensor of shape {tuple(x.shape)}")
+    return operator.index(axis) % x.dim()
+
+
+def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """(qmin, qmax) of 2 to 8 bits: ±(2^(bits-1) - 1) when symmetric, 0 to 2^bits - 1 when not.
+
+    The symmetric grid gives up one integer so that -x and x are always equally well represented.
+
+    >>> integer_range(8, symmetric=True), integer_range(2, symmetric=True), integer_range(4, symmetric=False)
+    ((-127, 127), (-1, 1), (0, 15))
+    """
+    bits = whole_number(bits, "bits", 2, 8)
+    top = 2 ** (bits - 1) - 1
+    return (-top, top) if symmetric else (0, 2**bits - 1)
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """``x`` [..., n] as [..., n / group, group]: what lies side by side in the last dimension shares a scale.
+
+    >>> in_groups(torch.arange(6.0).view(1, 6), 3).tolist()
+    [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]
+    """
+    group, length = whole_number(group, "group", 1), x.shape[-1] if x.dim() else 1
+    if x.dim() == 0 or length % group:
+        fits = max(g for g in range(1, min(group, length) + 1) if length % g == 0)
+        raise ValueError(f"group={group} does not divide the last dimension of shape {tuple(x.shape)}; {fits} would")
+    return x.unflatten(-1, (-1, group))
+
+
+def slices(x: Tensor, axis: int | None, group: int | None) -> Tensor:
+    """``x`` arranged so that the last dimension holds what shares a scale: [n], [C, n] or [..., n / group, group]."""
+    if group is not None:
+        return in_groups(x, group)
+    return x.flatten() if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def spread(scale: Tensor, dims: int, axis: int | None, group: int | None) -> Tensor:
+    """The way back from :func:`slices`: a number a slice, shaped to broadcast against ``dims`` dimensions."""
+    if group is not None:
+        return scale.repeat_interleave(group, dim=-1)
+    return scale if axis is None else scale.view([-1 if d == axis else 1 for d in range(dims)])
+
+
+def safe_scale(largest: Tensor, top: float) -> Tensor:
+    """The step, float32, that puts ``largest`` (not negative) at the number ``top``; nothing here branches on values.
+
+    All zeros get step 1; a step never lies below the smallest normal float32, whose inverse is finite.
+
+    >>> safe_scale(torch.tensor([2.54, 0.0, 1e-38]), 127).tolist()
+    [0.019999999552965164, 1.0, 1.1754943508222875e-38]
+    """
+    step = largest.double() / top
+    return torch.where(step > 0, step.clamp(min=SMALLEST_SCALE), 1.0).float()
+
+
+def scale_and_zero(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """Step and zero point of the grid over [low, high] and 0, symmetric if ``qmin`` is negative."""
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    if qmin < 0:
+        scale = safe_scale(torch.maximum(-low, high), qmax)
+        return scale, torch.zeros_like(scale)
+    scale = safe_scale(high - low, qmax)
+    return scale, (-low / scale).round().clamp(qmin, qmax)
+
+
+def choose_qparams(
+    x: Tensor, bits: int = 8, *, symmetric: bool = True, axis: int | None = None, group: int | None = None
+) -> QuantParams:
+    """The grid that just covers the values of ``x`` (min-max), with 0.0 on it exactly.
+
+    Args:
+        x: floating-point tensor of any shape and precision, not empty, all finite.
+        bits: width from 2 to 8.
+        symmetric: ``True``: zero point 0 and integers ±(2^(bits-1) - 1), in int8. ``False``: integers 0 to 2^bits -
+            1, in uint8; the range [min, max] is widened to contain 0.
+        axis: dimension with one scale for each of its slices; ``None`` for one scale in all. May be negative.
+        group: instead of ``axis``, one scale for each ``group`` consecutive numbers of the last dimension, which it
+            has to divide.
+
+    Returns:
+        QuantParams. Every value of ``x`` comes back within half a step. A tensor (or channel) of zeros gets scale 1.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor, or ``bits``, ``axis`` or ``group`` is no integer.
+        ValueError: bits outside 2 to 8, an empty tensor, NaN or infinite values, an axis that ``x`` does not have, a
+            group that does not divide the last dimension, both axis and group.
+
+    >>> q = choose_qparams(torch.tensor([-1.0, 0.0, 0.5, 2.0]), bits=4)
+    >>> round(q.scale.item(), 4), q.zero_point.item(), q.qmin, q.qmax
+    (0.2857, 0, -7, 7)
+    >>> choose_qparams(torch.randn(10, 96), bits=4, group=32).scale.shape
+    torch.Size([10, 3])
+    """
+    x, axis = check_real(x), check_axis(axis, x)
+    low, high = slices(x, axis, group).aminmax(dim=-1)
+    return qparams_from_range(low, high, bits, symmetric=symmetric, axis=axis, group=group)
 
 
 def qparams_from_range(
-    low: Tensor | float, high: Tensor | float, bits: int = 8, *, symmetric: bool = True, axis: int | None = None
+    low: Tensor | float,
+    high: Tensor | float,
+    bits: int = 8,
+    *,
+    symmetric: bool = True,
+    axis: int | None = None,
+    group: int | None = None,
 ) -> QuantParams:
-    """The grid that covers [low, high] (scalars, or [C] with ``axis``), widened to contain 0.
+    """The grid that covers [low, high] (scalars, or a number a slice with ``axis`` or ``group``), widened to contain 0.
 
     >>> q = qparams_from_range(-1.0, 3.0, bits=2, symmetric=False)
     >>> round(q.scale.item(), 4), q.zero_point.item()
     (1.3333, 1)
     """
-    qmin, qmax = integer_range(bits, symmetric=symmetric)
-    # In float64 the difference of two float32 ends cannot overflow.
-    low, high = (torch.as_tensor(end).detach().to(torch.float64) for end in (low, high))
+    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise ValueError(f"a range needs finite low <= high, got low={low.tolist()}, high={high.tolist()}")
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    step = torch.maximum(-low, high) / qmax if symmetric else (high - low) / (qmax - qmin)
-    if bool((step > torch.finfo(torch.float32).max).any()):
-        raise ValueError(f"a step of {step.max().item():g} does not fit into float32")
-    scale = torch.where(step > 0, step.clamp(min=SMALLEST_SCALE), 1.0).to(torch.float32)
-    zero_point = torch.zeros_like(scale) if symmetric else (qmin - low / scale).round().clamp(qmin, qmax)
-    return QuantParams(scale, zero_point, qmin, qmax, axis)
+    qmin, qmax = integer_range(bits, symmetric=symmetric)
+    scale, zero_point = scale_and_zero(low, high, qmin, qmax)
+    return QuantParams(scale, zero_point, qmin, qmax, axis, group)
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 at least: half precision would lose what is computed from it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Grid coordinates of ``x``, rounded half to even but not clipped, in float32 at least."""
+    # PyTorch too multiplies by the inverse of the scale: so a tie falls to the same side.
+    return torch.round(widened(x) * (1.0 / scale)) + zero_point
 
 
 def quantize(x: Tensor, q: QuantParams) -> Tensor:
@@ -232,27 +298,26 @@ def quantize(x: Tensor, q: QuantParams) -> Tensor:
     return to_grid(x, scale, zero_point).clamp(q.qmin, q.qmax).to(q.dtype)
 
 
-def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Grid coordinates of ``x``, rounded but not clipped, in floating point (float32 at least)."""
-    return torch.round(x.to(torch.promote_types(x.dtype, torch.float32)) * (1.0 / scale)) + zero_point
-
-
 def dequantize(xq: Tensor, q: QuantParams) -> Tensor:
     """Real numbers, float32, that the integers ``xq`` stand for: (xq - zero_point) · scale.
 
     >>> dequantize(torch.tensor([-7, 0, 2]), QuantParams(scale=0.5, zero_point=0, qmin=-7, qmax=7)).tolist()
     [-3.5, 0.0, 1.0]
     """
+    xq = check_integers(xq, "xq", q)
+    scale, zero_point = q.shaped_for(xq)
+    return (xq - zero_point).to(torch.float32) * scale
+
+
+def check_integers(xq: Tensor, name: str, q: QuantParams) -> Tensor:
+    """``xq`` as int64, if it holds integers of the grid ``q``; a clear error otherwise."""
     if not isinstance(xq, Tensor) or xq.is_floating_point() or xq.is_complex() or xq.dtype == torch.bool:
         kind = xq.dtype if isinstance(xq, Tensor) else type(xq).__name__
-        raise TypeError(f"xq must be a tensor of integers as quantize() returns it, got {kind}")
-    scale, zero_point = q.shaped_for(xq)
-    whole = xq.to(torch.int64)
-    if whole.numel() and not (q.qmin <= int(whole.min()) and int(whole.max()) <= q.qmax):
-        raise ValueError(
-            f"xq runs from {int(whole.min())} to {int(whole.max())}, outside the grid's [{q.qmin}, {q.qmax}]"
-        )
-    return (whole - zero_point).to(torch.float32) * scale
+        raise TypeError(f"{name} must be a tensor of integers as quantize() returns it, got {kind}")
+    low, high = (int(end) for end in xq.aminmax()) if xq.numel() else (q.qmin, q.qmax)
+    if low < q.qmin or high > q.qmax:
+        raise ValueError(f"{name} runs from {low} to {high}, outside the grid's [{q.qmin}, {q.qmax}]")
+    return xq.to(torch.int64)
 
 
 def fake_quantize(x: Tensor, q: QuantParams) -> Tensor:
@@ -281,8 +346,35 @@ def fake_quantize(x: Tensor, q: QuantParams) -> Tensor:
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """The arithmetic of :func:`fake_quantize` on ``scale`` and ``zero_point`` that already broadcast against ``x``."""
     with torch.no_grad():
-        coordinates = to_grid(x, scale, zero_point)
-        inside = ((coordinates >= qmin) & (coordinates <= qmax)).to(x.dtype)
-        grid = ((coordinates.clamp(qmin, qmax) - zero_point) * scale).to(x.dtype)
-    # x - x.detach() is exactly zero, so the result lies on the grid to the last bit and still carries x's gradient.
-    return grid + inside * (x - x.detach())
+        marks = to_grid(x, scale, zero_point)
+        inside = ((marks >= qmin) & (marks <= qmax)).to(x.dtype)
+        on_grid = ((marks.clamp(qmin, qmax) - zero_point) * scale).to(x.dtype)
+    # x - x.detach() is exactly zero: the value of the grid to the last bit, the gradient of x.
+    return on_grid + inside * (x - x.detach())
+
+
+def floor_quantize(w: Tensor, s: float) -> Tensor:
+    """The article's formula Q(w) = ⌊w · s⌋ / s, with s grid points a unit (s above 0); biased by half a step.
+
+    >>> floor_quantize(torch.tensor([-0.26, 0.04, 0.19]), 10).tolist()
+    [-0.30000001192092896, 0.0, 0.10000000149011612]
+    """
+    if not (math.isfinite(s) and s > 0):
+        raise ValueError(f"s must be a positive number of grid points a unit, got {s!r}")
+    w = check_real(w, "w", empty=True)
+    return (torch.floor(widened(w) * s) / s).to(w.dtype)
+
+
+def signal_to_noise(x: Tensor, approximation: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in decibels: 10 · log10(Σx² / Σ(x - approximation)²); inf if they are equal.
+
+    >>> round(signal_to_noise(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])), 2)
+    20.0
+    """
+    x, approximation = check_real(x).double(), check_real(approximation, "approximation").double()
+    if x.shape != approximation.shape:
+        raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(approximation.shape)}")
+    signal, noise = x.square().sum().item(), (x - approximation).square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -1,0 +1,171 @@
+"""Four and eight bits a weight, as they are stored today: a table of levels, a code a weight, a scale a group.
+
+int4 with a scale a group (as GPTQ, AWQ and ONNX Runtime store it), NF4 (Dettmers et al. 2023, "QLoRA"), fp8 in the form
+e4m3 (Micikevicius et al. 2022, "FP8 Formats for Deep Learning"), and MXFP4 (Open Compute Project 2023, "Microscaling
+Formats"). Each encoder finds the level that is nearest to weight / scale. The scales are counted:
+:attr:`Encoded.bits` is what a weight truly takes, and at equal bits the formats can be compared.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from course_lib.gate import replace_layers
+from course_lib.methods.quantization import check_real, choose_qparams, naming, safe_scale, slices, spread
+
+__all__ = ["FORMATS", "Encoded", "fp8_encode", "int4_encode", "mxfp4_encode", "nf4_encode", "stored_as"]
+
+
+def nf4_levels() -> Tensor:
+    """The 16 numbers of NF4: quantiles of the normal distribution, one more above 0 than below, scaled to [-1, 1]."""
+    outermost = 0.9677083  # (1 - 1/30 + 1 - 1/32) / 2, in the paper's own digits: so the levels are its own to the bit
+    below, above = (torch.special.ndtri(torch.linspace(outermost, 0.5, n).double()) for n in (8, 9))
+    return torch.cat([-below, above[:-1].flip(0)]).float() / below[0].float()
+
+
+LEVELS = {
+    "int4": torch.tensor([*range(8), *range(-8, 0)]).float(),  # two's complement: code 15 stands for -1
+    "nf4": nf4_levels(),
+    "fp8": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(),
+    "mxfp4": torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
+}
+"""What a code stands for, before it is multiplied by its scale: 16 or 256 numbers a format (of fp8's two are NaN)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Weights in one of the :data:`FORMATS`.
+
+    Attributes:
+        codes: uint8, the weight's shape; positions in the format's :data:`LEVELS`.
+        scale: float32, [] for the whole tensor or [..., n / group].
+        scale_bits: bits that one scale takes in a file.
+
+    >>> [(name, encode(torch.ones(8, 64)).bits) for name, encode in FORMATS.items()]
+    [('int4', 4.5), ('nf4', 4.5), ('fp8', 8.0625), ('mxfp4', 4.25)]
+    """
+
+    format: str
+    codes: Tensor
+    scale: Tensor
+    group: int | None
+    scale_bits: int
+
+    def values(self) -> Tensor:
+        """The weights, float32, that the codes stand for."""
+        levels = LEVELS[self.format].to(self.codes.device)[self.codes.long()]
+        return levels * spread(self.scale, levels.dim(), None, self.group)
+
+    @property
+    def bits(self) -> float:
+        """True bits a weight: its code and its share of the scales."""
+        code = int(math.log2(len(LEVELS[self.format])))
+        return code + self.scale_bits * self.scale.numel() / self.codes.numel()
+
+
+def largest_of_groups(weight: Tensor, group: int | None) -> Tensor:
+    """The largest absolute value of each group."""
+    return slices(check_real(weight, "weight"), None, group).abs().amax(dim=-1)
+
+
+def rounded_scale(scale: Tensor) -> Tensor:
+    """A scale rounded to 16 bits, as it is stored; bfloat16 has float32's range, so it stays above 0 and finite."""
+    return scale.bfloat16().float().clamp(max=torch.finfo(torch.bfloat16).max)
+
+
+def int4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
+    """Evenly spaced: integers ±7 times a 16-bit scale.
+
+    >>> int4_encode(torch.tensor([[7.0, 3.4, -1.0, 0.0]]), group=4).values().tolist()
+    [[7.0, 3.0, -1.0, 0.0]]
+    """
+    q = choose_qparams(weight, 4, group=group)
+    scale = rounded_scale(q.scale)
+    marks = torch.round(weight.float() / spread(scale, weight.dim(), None, group))
+    codes = marks.clamp(-7, 7).to(torch.int8) & 0xF
+    return Encoded("int4", codes.to(torch.uint8), scale, group, 16)
+
+
+def nf4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
+    """Spaced so that each of the 16 levels is used as often as the others if weights are normally distributed.
+
+    >>> nf4_encode(torch.tensor([[2.0, 0.1, -2.0, 0.0]]), group=4).codes.tolist()
+    [[15, 8, 0, 7]]
+    """
+    scale = rounded_scale(safe_scale(largest_of_groups(weight, group), 1))
+    levels = LEVELS["nf4"].to(weight.device)
+    halfway = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(weight.float() / spread(scale, weight.dim(), None, group), halfway)
+    return Encoded("nf4", codes.to(torch.uint8), scale, group, 16)
+
+
+def small_float(x: Tensor, mantissa: int, least: int, largest: float) -> Tensor:
+    """The nearest number (ties to even) with ``mantissa`` bits behind the point, clipped to ±``largest``.
+
+    Args:
+        x: float32, any shape.
+        mantissa: bits behind the leading one.
+        least: smallest exponent; below 2^least the numbers are evenly spaced.
+        largest: largest number of the format.
+
+    >>> small_float(torch.tensor([0.7, 2.5, 2.6, -9.0]), mantissa=1, least=0, largest=6).tolist()
+    [0.5, 2.0, 3.0, -6.0]
+    """
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)  # 2^exponent <= |x| < 2^(exponent + 1)
+    step = torch.exp2((exponent - mantissa).float())
+    return (torch.round(x / step) * step).clamp(-largest, largest)
+
+
+def fp8_encode(weight: Tensor, group: int | None = None) -> Encoded:
+    """Floats of 8 bits, e4m3 (4 for the exponent, 3 behind the point, up to 448), times a 32-bit scale.
+
+    >>> fp8_encode(torch.tensor([448.0, 0.3, -17.0])).values().tolist()
+    [448.0, 0.3125, -16.0]
+    """
+    scale = safe_scale(largest_of_groups(weight, group), 448)
+    scaled = weight.float() / spread(scale, weight.dim(), None, group)
+    codes = small_float(scaled, mantissa=3, least=-6, largest=448).to(torch.float8_e4m3fn)
+    return Encoded("fp8", codes.view(torch.uint8), scale, group, 32)
+
+
+def mxfp4_encode(weight: Tensor, group: int = 32) -> Encoded:
+    """Floats of 4 bits, e2m1 (±0, 0.5, 1, 1.5, 2, 3, 4, 6), times a power of two that takes 8 bits.
+
+    The power is the largest one in the block, over 4, the largest of e2m1; what then lies above 6 is clipped.
+
+    >>> mxfp4_encode(torch.tensor([[7.0, 2.4, -0.3, 0.0]]), group=4).values().tolist()
+    [[6.0, 2.0, -0.5, 0.0]]
+    """
+    power = torch.frexp(safe_scale(largest_of_groups(weight, group), 4)).exponent - 1
+    scale = torch.exp2(power.clamp(-127, 127).float())
+    scaled = weight.float() / spread(scale, weight.dim(), None, group)
+    rounded = small_float(scaled, mantissa=1, least=0, largest=6)
+    magnitude = torch.bucketize(rounded.abs(), LEVELS["mxfp4"][:8].to(weight.device))
+    codes = magnitude + 8 * torch.signbit(rounded)
+    return Encoded("mxfp4", codes.to(torch.uint8), scale, group, 8)
+
+
+FORMATS = {"int4": int4_encode, "nf4": nf4_encode, "fp8": fp8_encode, "mxfp4": mxfp4_encode}
+"""Encoders by name: ``encode(weight, group)`` takes finite floats, one scale for ``group`` consecutive numbers of the
+last dimension, which it has to divide (``None``: one scale in all), and gives an :class:`Encoded`."""
+
+
+def stored_as(model: nn.Module, encode: Callable[[Tensor], Encoded], *, skip: Collection[str] = ()) -> nn.Module:
+    """A copy of ``model`` whose linear and convolution layers hold the values that ``encode`` keeps of their weights.
+
+    A group lies along the numbers that are summed up for one output: a convolution's weight counts as [O, C · kh · kw].
+    Errors as :func:`~course_lib.gate.replace_layers` and the encoder have them.
+
+    >>> stored_as(nn.Linear(32, 2), nf4_encode).weight.unique().numel() <= 2 * 16
+    True
+    """
+
+    def convert(name: str, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+        with torch.no_grad(), naming(name):
+            layer.weight.copy_(encode(layer.weight.flatten(1)).values().view_as(layer.weight))
+        return layer
+
+    return replace_layers(model, convert, skip=skip, doing="encode")

@@ -1,0 +1,379 @@
+"""Networks that compute on a grid: post-training quantization as they stand, quantization-aware training when trained
+on.
+
+The float weights stay what the optimiser moves, and the quantizer sits inside the forward pass (Jacob et al. 2018;
+Krishnamoorthi 2018), with the straight-through gradient of :mod:`~course_lib.methods.quantization`. Weights are known
+beforehand; the ranges of activations are recorded on calibration images.
+"""
+
+import copy
+import math
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from course_lib.gate import (
+    UnsupportedModel,
+    chain_steps,
+    check_model,
+    copy_model,
+    eval_mode,
+    new_like,
+    replace_layers,
+    weight_layers,
+)
+from course_lib.methods.quantization import (
+    QuantParams,
+    check_real,
+    choose_qparams,
+    integer_range,
+    naming,
+    qparams_from_range,
+    scale_and_zero,
+    slices,
+    spread,
+    straight_through,
+    whole_number,
+)
+
+__all__ = [
+    "METHODS",
+    "FakeQuantConv2d",
+    "FakeQuantLinear",
+    "MadeWeight",
+    "calibrate",
+    "fake_quantized",
+    "fold_batchnorm",
+    "plain",
+    "record_inputs",
+]
+
+METHODS = ("minmax", "percentile", "mse")
+
+# The search looks at no more values than this: an even sample of them gives the same range to a percent.
+MOST_SAMPLES = 1 << 15
+
+
+class MadeWeight:
+    """Mixin before ``nn.Linear`` or ``nn.Conv2d``: computes with :meth:`made_weight` on :meth:`made_input`."""
+
+    def made_weight(self) -> Tensor:
+        """The weight that the layer computes with, differentiable, in the shape of the original."""
+        raise NotImplementedError
+
+    def made_input(self, x: Tensor) -> Tensor:
+        """What the layer does to its input first; nothing by default."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.made_input(x), self.made_weight()
+        if isinstance(self, nn.Conv2d):
+            return self._conv_forward(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)
+
+
+class FakeQuant(MadeWeight):
+    """Weight on a symmetric grid that follows its largest value; input on a fixed asymmetric grid, if one was given."""
+
+    def __init__(
+        self, *args, weight_bits: int, per_channel: bool, group: int | None, input_grid: QuantParams | None, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.weight_bits, self.axis, self.group = weight_bits, 0 if per_channel and group is None else None, group
+        self.activation_bits = None if input_grid is None else input_grid.bits
+        scale, zero = (1.0, 0) if input_grid is None else (input_grid.scale.item(), input_grid.zero_point.item())
+        device = self.weight.device
+        self.register_buffer("input_scale", torch.tensor(scale, device=device))
+        self.register_buffer("input_zero_point", torch.tensor(zero, dtype=torch.int32, device=device))
+
+    def made_weight(self) -> Tensor:
+        # A row holds what is summed up for one output. No branch on values: replicas train at once under vmap.
+        rows = self.weight.flatten(1)
+        qmin, qmax = integer_range(self.weight_bits, symmetric=True)
+        largest = slices(rows.detach(), self.axis, self.group).abs().amax(dim=-1)
+        grid = scale_and_zero(-largest, largest, qmin, qmax)
+        scale, zero_point = (spread(part, 2, self.axis, self.group) for part in grid)
+        return straight_through(rows, scale, zero_point, qmin, qmax).view_as(self.weight)
+
+    def made_input(self, x: Tensor) -> Tensor:
+        if self.activation_bits is None:
+            return x
+        qmin, qmax = integer_range(self.activation_bits, symmetric=False)
+        return straight_through(x, self.input_scale.float(), self.input_zero_point, qmin, qmax)
+
+    def extra_repr(self) -> str:
+        scales = "tensor" if self.axis is None else "channel"
+        scales = scales if self.group is None else f"group of {self.group}"
+        bits = f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
+        return f"{super().extra_repr()}, {bits}, a scale a {scales}"
+
+
+class FakeQuantLinear(FakeQuant, nn.Linear):
+    """``nn.Linear`` that computes with quantized weights and inputs; made by :func:`fake_quantized`."""
+
+
+class FakeQuantConv2d(FakeQuant, nn.Conv2d):
+    """``nn.Conv2d`` that computes with quantized weights and inputs; made by :func:`fake_quantized`."""
+
+
+def fake_quantized(
+    model: nn.Module,
+    *,
+    weight_bits: int | dict[str, int] = 8,
+    activation_bits: int | None = None,
+    calibration: Tensor | None = None,
+    method: str = "minmax",
+    per_channel: bool = True,
+    group: int | None = None,
+    skip: Collection[str] = (),
+) -> nn.Module:
+    """A copy of ``model`` whose linear and convolution layers compute with numbers on a grid.
+
+    As it stands that is post-training quantization; trained further it is quantization-aware training. Biases stay
+    float, as the int32 accumulators hold them with more than enough bits. Fold BatchNorm first if the network is to
+    run on integers (:func:`fold_batchnorm`). :func:`plain` gives ordinary layers with the quantized weights.
+
+    Args:
+        model: a trained network; it is not modified. Layers that share a weight go on sharing it.
+        weight_bits: 2 to 8, symmetric, largest value at the end of the grid; or by layer name (mixed precision), and
+            layers that are not named stay in float.
+        activation_bits: 2 to 8, asymmetric, or ``None`` to leave the inputs of the layers in float.
+        calibration: images ``[N, ...]`` on which the inputs' ranges are recorded; needed with ``activation_bits``.
+        method: how the ranges are chosen, see :func:`calibrate`.
+        per_channel: one weight scale for each output channel instead of one for the tensor.
+        group: instead, one scale for each ``group`` consecutive weights of an output (a convolution's in the order
+            [C, kh, kw]); it has to divide their number.
+        skip: names of layers to leave in float.
+
+    Raises:
+        UnsupportedModel: see :func:`~course_lib.gate.replace_layers`; a layer that the calibration images do not reach;
+            layers that share a weight and are given different bits.
+        ValueError: bits outside 2 to 8, empty or missing calibration data, a name that is no layer, a group that does
+            not divide.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> quantized = fake_quantized(model, weight_bits={"0": 2, "2": 8})
+    >>> quantized[0].made_weight().unique().numel() <= 3 * 3
+    True
+    """
+    bits, skip = bits_by_layer(model, weight_bits, "weight_bits", 2, skip)
+    inputs: dict[str, list[Tensor]] = {}
+    if activation_bits is not None:
+        integer_range(activation_bits, symmetric=False)
+        if calibration is None:
+            raise ValueError("activation_bits needs calibration images: calibration is None")
+        inputs = _inputs(model, calibration, 512)
+    same: dict[nn.Parameter, int] = {}
+
+    def convert(name: str, layer: nn.Module) -> nn.Module:
+        refuse_made(name, layer)
+        if same.setdefault(layer.weight, bits[name]) != bits[name]:
+            raise UnsupportedModel(f"{name!r} shares its weight with another layer: both need the same weight_bits")
+        if activation_bits is not None and name not in inputs:
+            raise UnsupportedModel(f"{name!r} is not reached by the calibration images; name it in skip")
+        with naming(name):
+            choose_qparams(layer.weight.flatten(1), bits[name], group=group)  # says what is wrong with weight or group
+            grid = None if activation_bits is None else calibrate(inputs[name], activation_bits, method=method)
+        kind = FakeQuantConv2d if isinstance(layer, nn.Conv2d) else FakeQuantLinear
+        options = {"weight_bits": bits[name], "per_channel": per_channel, "group": group, "input_grid": grid}
+        return new_like(layer, kind, layer.weight.detach(), **options)
+
+    return replace_layers(model, convert, skip=skip, doing="quantize")
+
+
+def bits_by_layer(
+    model: nn.Module, bits: int | dict[str, int], what: str, least: int, skip: Collection[str] = ()
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Bits of every layer by name, and what is to be skipped: ``skip`` and, if ``bits`` is a dict, layers not in it."""
+    layers = weight_layers(model)
+    if not isinstance(bits, dict):
+        return dict.fromkeys(layers, whole_number(bits, what, least, 8)), tuple(skip)
+    if unknown := sorted(set(bits) - set(layers)):
+        raise ValueError(f"{what} names no linear or convolution layer: {unknown} (there are: {sorted(layers)})")
+    widths = {name: whole_number(width, f"{what}[{name!r}]", least, 8) for name, width in bits.items()}
+    return widths, (*skip, *(name for name in layers if name not in bits))
+
+
+def refuse_made(name: str, layer: nn.Module) -> None:
+    """A layer that makes its weight is no starting point: its quantized weights are."""
+    if isinstance(layer, MadeWeight):
+        raise UnsupportedModel(f"{name!r} is {type(layer).__name__} already; take plain(model) first")
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy with ordinary ``nn.Linear`` and ``nn.Conv2d`` layers that hold the weights computed with until now.
+
+    >>> plain(fake_quantized(nn.Linear(4, 3), weight_bits=4))
+    Linear(in_features=4, out_features=3, bias=True)
+    """
+
+    def made(module: nn.Module) -> bool:
+        return any(isinstance(m, MadeWeight) for m in module.modules())
+
+    def convert(name: str, layer: nn.Module) -> nn.Module:
+        return new_like(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear, layer.made_weight().detach())
+
+    if not isinstance(model, nn.Module) or not made(model):
+        return copy_model(model, "copy")
+    others = [name for name, module in model.named_modules(remove_duplicate=False) if not made(module)]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return replace_layers(model, convert, skip=(*others, *parameters), doing="make plain")
+
+
+def record_inputs(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> dict[str, Tensor]:
+    """What reaches each linear and convolution layer when ``model`` looks at ``images``, in eval mode, by layer name.
+
+    Args:
+        model: any module with ``nn.Linear`` or ``nn.Conv2d`` layers; left as it was.
+        images: batch ``[N, ...]``, not empty.
+
+    Returns:
+        ``{layer name: inputs [N, ...]}``; a layer that is used twice has its inputs joined along the first dimension.
+    """
+    return {name: torch.cat(parts) for name, parts in _inputs(model, images, batch_size).items()}
+
+
+def _inputs(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
+    check_model(model, "record the inputs of")
+    if not isinstance(images, Tensor) or images.is_floating_point() or not len(images):
+        check_real(images, "images")  # whole numbers are welcome: the tokens of a language model
+    recorded: dict[str, list[Tensor]] = {}
+
+    def listen(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            recorded.setdefault(name, []).append((args[0] if args else kwargs["input"]).detach().clone())
+
+        return hook
+
+    layers = weight_layers(model)
+    if not layers:
+        raise UnsupportedModel(f"{type(model).__name__} has no linear or convolution layer to record")
+    hooks = [layer.register_forward_pre_hook(listen(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with eval_mode(model), torch.no_grad():
+            for batch in images.split(batch_size):
+                model(batch.clone())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return recorded
+
+
+def calibrate(
+    samples: Tensor | Iterable[Tensor],
+    bits: int = 8,
+    *,
+    method: str = "minmax",
+    symmetric: bool = False,
+    percentile: float = 99.9,
+    candidates: int = 64,
+) -> QuantParams:
+    """One grid for an activation, from recorded values.
+
+    Min-max keeps every value and lets one outlier set the step; a percentile gives up the rarest values; the search for
+    the smallest mean squared error weighs rounding against clipping (Migacz 2017; compared by Nagel et al. 2021, "A
+    White Paper on Neural Network Quantization").
+
+    Args:
+        samples: finite floating-point values of any shape, as one tensor or several.
+        bits: width from 2 to 8.
+        method: ``"minmax"``; ``"percentile"``: the central ``percentile`` per cent of the values; ``"mse"``: of
+            ``candidates`` ranges, shrunk evenly from min-max towards 0, the one with the least mean squared error.
+        symmetric: see :func:`~course_lib.methods.quantization.choose_qparams`.
+        percentile: share to keep, above 0 and at most 100.
+        candidates: how many ranges the search tries, at least 2.
+
+    Raises:
+        ValueError: no samples, NaN or infinite values, an unknown method, bits or percentile out of range.
+
+    >>> x = torch.cat([torch.linspace(0, 1, 999), torch.tensor([8.0])])
+    >>> [round(calibrate(x, bits=4, method=m).scale.item(), 3) for m in METHODS]
+    [0.533, 0.067, 0.425]
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown calibration method {method!r} (there are: {', '.join(METHODS)})")
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
+    candidates = whole_number(candidates, "candidates", 2)
+    if not isinstance(samples, Iterable):
+        raise TypeError(f"samples must be a tensor or several, got {type(samples).__name__}")
+    tensors = [samples] if isinstance(samples, Tensor) else list(samples)
+    values = [check_real(t, "samples", empty=True).flatten().float() for t in tensors]
+    x = torch.cat(values).sort().values if values else torch.zeros(0)
+    if not len(x):
+        raise ValueError("calibration is empty: it needs at least one recorded value")
+    low, high = x[0], x[-1]
+    if method == "percentile":
+        low, high = percentile_range(x, percentile)
+    elif method == "mse":
+        low, high = least_error_range(x, bits, symmetric, candidates)
+    return qparams_from_range(low, high, bits, symmetric=symmetric)
+
+
+def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest of ascending values left when equally many are dropped at both ends."""
+    dropped = math.ceil(len(x) * (100 - percentile) / 200 - 1e-6)
+    dropped = min(dropped, (len(x) - 1) // 2)
+    return x[dropped], x[len(x) - 1 - dropped]
+
+
+def least_error_range(x: Tensor, bits: int, symmetric: bool, candidates: int) -> tuple[Tensor, Tensor]:
+    """Of evenly shrunk ranges of ascending values, the one whose grid has the least mean squared error."""
+    # The largest values decide where clipping starts to hurt, so an even sample is taken from the top.
+    sample = x.flip(0)[:: -(-len(x) // MOST_SAMPLES)]
+    shares = torch.linspace(1, 1 / candidates, candidates, device=x.device).unsqueeze(1)
+    qmin, qmax = integer_range(bits, symmetric=symmetric)
+    grids = scale_and_zero(x[0] * shares, x[-1] * shares, qmin, qmax)
+    error = (straight_through(sample, *grids, qmin, qmax) - sample).square().mean(dim=1)
+    best = shares[error.argmin(), 0]
+    return x[0] * best, x[-1] * best
+
+
+def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:
+    """A copy of a chain in which each BatchNorm is part of the linear or convolution layer before it.
+
+    In eval mode BatchNorm is y = γ (x - μ) / √(σ² + ε) + β, a scale and a shift a channel, so it can be multiplied
+    into the weight and added to the bias (Jacob et al. 2018, equation 14). The copy is one flat ``nn.Sequential`` in
+    eval mode: with BatchNorm gone there is no other.
+
+    Raises:
+        UnsupportedModel: no chain of plain layers, or a BatchNorm that does not follow such a layer.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU())
+    >>> [type(m).__name__ for m in fold_batchnorm(net)]
+    ['Conv2d', 'ReLU']
+    """
+    folded: list[tuple[str, nn.Module]] = []
+    for name, module in chain_steps(copy_model(model, "fold"), "fold"):
+        refuse_made(name, module)
+        if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            folded.append((name, module))
+            continue
+        before, layer = folded[-1] if folded else ("", module)
+        outputs = layer.weight.shape[0] if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
+        if outputs != module.num_features or module.running_var is None:
+            raise UnsupportedModel(
+                f"{name!r} ({module}) does not follow a linear or convolution layer with {module.num_features} outputs,"
+                " or keeps no statistics"
+            )
+        # A copy of its own: elsewhere in the chain the same layer may come without this BatchNorm.
+        folded[-1] = (before, fold_into_(copy.deepcopy(layer), module))
+    new = nn.Sequential()
+    for name, module in folded:
+        new.add_module(name.replace(".", "_"), module)
+    return new.eval()
+
+
+def fold_into_(layer: nn.Linear | nn.Conv2d, norm: nn.Module) -> nn.Module:
+    """Multiply a BatchNorm into ``layer``, in float64 so that nothing is lost on the way."""
+    with torch.no_grad():
+        gain = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = -norm.running_mean.double() * gain
+        if norm.affine:
+            gain, shift = gain * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+        bias = 0 if layer.bias is None else layer.bias.double() * gain
+        layer.weight.copy_(layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias = nn.Parameter((bias + shift).to(layer.weight.dtype))
+    return layer
