@@ -8,6 +8,8 @@ import copy
 import dis
 import functools
 import inspect
+import numbers
+import operator
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -20,12 +22,52 @@ __all__ = [
     "UnsupportedModel",
     "chain_steps",
     "check_model",
+    "computed",
     "copy_model",
+    "count_of",
     "eval_mode",
     "new_like",
+    "own_forward",
+    "real_tensor",
     "replace_layers",
+    "share_of",
     "weight_layers",
 ]
+
+
+def share_of(value: float, name: str) -> float:
+    """``value`` as a float, if it is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r} ({type(value).__name__})")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return float(value)
+
+
+def count_of(value: int, name: str, least: int = 1) -> int:
+    """``value`` as an int, if it is a whole number (numpy's count, bools do not) of at least ``least``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if operator.index(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return operator.index(value)
+
+
+def real_tensor(value: Tensor, name: str, *, finite: bool = True) -> Tensor:
+    """``value`` without its history, half precision as float32, integers as float64; not empty, without NaN."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype is torch.bool or value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got dtype {value.dtype}, shape {tuple(value.shape)}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} is empty, shape {tuple(value.shape)}")
+    value = value.detach().to(
+        torch.promote_types(value.dtype, torch.float32 if value.is_floating_point() else torch.double)
+    )
+    if bad := int((~value.isfinite() if finite else value.isnan()).sum()):
+        kind = "NaN or infinite" if finite else "NaN"
+        raise ValueError(f"{name} has {bad} {kind} entries of {value.numel()}, shape {tuple(value.shape)}")
+    return value
 
 
 class UnsupportedModel(ValueError):
@@ -133,7 +175,7 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     ['0', '2']
     """
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-    return {name: layer for name, layer in layers if not _own_forward(layer)}
+    return {name: layer for name, layer in layers if not own_forward(layer)}
 
 
 def replace_layers(
@@ -200,7 +242,7 @@ def chain_steps(model: nn.Module, doing: str = "convert") -> list[tuple[str, nn.
 
     def steps(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         chain = isinstance(module, nn.Sequential)
-        if _own_forward(module) or (not chain and (module._modules or module is model)):
+        if own_forward(module) or (not chain and (module._modules or module is model)):
             need = "a chain of torch.nn layers (nn.Sequential) is needed, without a forward of its own"
             raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: {need}")
         if not chain:
@@ -215,7 +257,7 @@ def _named(name: str, module: nn.Module) -> str:
     return f"{name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
-def _own_forward(module: nn.Module) -> bool:
+def own_forward(module: nn.Module) -> bool:
     """Does the module compute otherwise than torch.nn's (or the course's) class of its kind?"""
     owner = next(c for c in type(module).__mro__ if {"forward", "_conv_forward"} & vars(c).keys())
     return "forward" in vars(module) or not owner.__module__.startswith(("torch.nn.", "course_lib."))

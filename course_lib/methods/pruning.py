@@ -1,31 +1,23 @@
-"""Pruning a model: score its weights, mask them, and keep the masks through training.
+"""Pruning: score the weights of a model, mask the least of them, and keep the masks through training.
+
+A score says how much a weight is worth (higher is better, same shape as the weight). A mask says what stays (``True``)
+and what goes (``False``). The two are separate, so that a new criterion needs no new mask. Here weights are *set to
+zero*; :func:`~course_lib.methods.surgery.remove_neurons` is what makes a network smaller.
 
 >>> model = torch.nn.Linear(4, 2)
 >>> masks = prune_(model, 0.5)
 >>> int((model.weight == 0).sum()), int(masks["weight"].sum())
 (4, 4)
-
-Score and surgery are separate: here weights are *set to zero*; :func:`remove_neurons` is what makes a network smaller.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from course_lib.methods.pruning_masks import (
-    check_share,
-    check_weight,
-    magnitude_score,
-    nm_mask,
-    random_score,
-    rank_mask,
-    taylor_score,
-    threshold_mask,
-)
+from course_lib.gate import UnsupportedModel, computed, count_of, real_tensor, share_of
 from course_lib.methods.surgery import CouplingError, remove_neurons
 
 __all__ = [
@@ -46,99 +38,196 @@ __all__ = [
     "stack_masks",
     "taylor_score",
     "threshold_mask",
+    "wanda_score",
 ]
 
-SCOPES = ("global", "layer")
-"""``"global"`` ranks all weights together; ``"layer"`` ranks within each layer, so that all are equally sparse."""
+SCOPES = ("global", "layer", "row")
+"""What is ranked together: all weights, those of a layer, or those that make one output (a row of the weight)."""
 
 Score = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 
 
-def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that pruning may touch: of linear and convolution layers, no biases, no normalisation layers.
+# --- scores ----------------------------------------------------------------------------------------------------------
 
-    A weight that several layers share appears once, under the name that ``model.named_parameters()`` gives it.
+
+def magnitude_score(weight: Tensor) -> Tensor:
+    """How far each weight is from zero: ``|w|``, any shape (Han et al. 2015).
+
+    >>> magnitude_score(torch.tensor([0.5, -2.0]))
+    tensor([0.5000, 2.0000])
+    """
+    return real_tensor(weight, "weight").abs()
+
+
+def taylor_score(weight: Tensor, grad: Tensor) -> Tensor:
+    """How much the loss moves when a weight is set to zero, to first order: ``|w · ∂L/∂w|``.
+
+    ``L(w = 0) − L(w) ≈ −w · ∂L/∂w`` is the first term of the Taylor series (Molchanov et al. 2017, 2019). ``grad`` is
+    ``weight.grad`` after ``loss.backward()``, of the weight's shape.
+
+    >>> taylor_score(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 0.0]))
+    tensor([1., 0.])
+    """
+    weight, grad = _alike(weight, grad)
+    return (weight * grad).abs()
+
+
+def wanda_score(weight: Tensor, inputs: Tensor) -> Tensor:
+    """How much a weight moves its output on these inputs: ``|w| · ‖x‖₂`` (Wanda; Sun et al. 2024).
+
+    A small weight on a large input may matter more than a large weight on a small one. The paper ranks within each
+    output: ``scope="row"``.
+
+    Args:
+        weight: ``[out, in]`` of a linear layer.
+        inputs: what the layer reads, ``[N, in]`` or ``[..., in]``; the norm is taken over all but the last dimension.
+
+    >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+    tensor([[5., 2.]])
+    """
+    weight, inputs = _columns(weight, inputs)
+    return weight.abs() * torch.linalg.vector_norm(inputs, dim=0)
+
+
+def random_score(weight: Tensor, *, seed: int = 0) -> Tensor:
+    """A uniform score in [0, 1) that knows nothing: the baseline every criterion has to beat.
+
+    The same shape and seed give the same score; torch's global generator is left as it was.
+    """
+    generator = torch.Generator().manual_seed(count_of(seed, "seed", 0))
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+def _alike(weight: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    if grad is None:
+        raise ValueError("grad is None: call loss.backward() first, and give weight.grad")
+    if weight.shape != grad.shape:
+        raise ValueError(f"grad must have the weight's shape {tuple(weight.shape)}, got {tuple(grad.shape)}")
+    return real_tensor(weight, "weight"), real_tensor(grad, "grad")
+
+
+def _columns(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    weight, inputs = real_tensor(weight, "weight"), real_tensor(inputs, "inputs")
+    if weight.dim() != 2 or inputs.dim() < 2 or inputs.shape[-1] != weight.shape[1]:
+        given = f"got weight {tuple(weight.shape)} and inputs {tuple(inputs.shape)}"
+        raise ValueError(f"a weight [out, in] and inputs [N, in] are needed, {given}")
+    return weight, inputs.flatten(0, -2).to(weight.device)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def threshold_mask(weight: Tensor, alpha: float) -> Tensor:
+    """The article's formula (section 3.1): ``M = 1[|W| > α · max|W|]``, ``True`` where the weight stays.
+
+    How many weights go depends on the largest one: a single outlier can prune all the others.
+
+    Args:
+        weight: any shape, finite.
+        alpha: threshold as a share of the largest magnitude, in [0, 1). 0 prunes exact zeros alone.
+
+    >>> threshold_mask(torch.tensor([0.9, -0.8, 0.1, -0.3]), 0.5)
+    tensor([ True,  True, False, False])
+    """
+    size = magnitude_score(weight)
+    return size > share_of(alpha, "alpha") * size.max()
+
+
+def rank_mask(score: Tensor, sparsity: float) -> Tensor:
+    """Prune the lowest scores: exactly ``round(sparsity * score.numel())`` of them.
+
+    ``round`` is Python's (a half goes to the even number), as in ``torch.nn.utils.prune``. Of equal scores the one that
+    comes first in memory order goes first, so the same input always gives the same mask.
+
+    Args:
+        score: higher is worth more; any shape; infinities are fine, NaN is not.
+        sparsity: share to prune, in [0, 1).
+
+    >>> rank_mask(torch.tensor([0.9, 0.8, 0.1, 0.3]), 0.5)
+    tensor([ True,  True, False, False])
+    """
+    flat = real_tensor(score, "score", finite=False).flatten()
+    pruned = round(share_of(sparsity, "sparsity") * len(flat))
+    if pruned == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = flat.kthvalue(pruned).values  # ten times as fast as sorting
+    mask = flat > threshold
+    equal = (flat == threshold).nonzero().flatten()
+    mask[equal[pruned - (flat < threshold).sum() :]] = True
+    return mask.view(score.shape)
+
+
+def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """Keep the ``n`` highest of every ``m`` consecutive scores along the input dimension (Mishra et al. 2021).
+
+    Sparse tensor cores want 2:4 *along the sum* of the matrix product: dimension 1 of a linear weight ``[out, in]`` or
+    of a convolution's ``[out, in, kh, kw]``; a vector has only dimension 0. Of equal scores the first goes first.
+
+    Args:
+        score: ``[out, in, ...]`` or ``[in]``; ``in`` must be a multiple of ``m``.
+        n: how many stay, 1 ≤ n ≤ m.
+        m: length of a group.
+
+    >>> nm_mask(torch.tensor([[0.9, 0.1, 0.4, 0.3]]), 2, 4)
+    tensor([[ True, False,  True, False]])
+    """
+    score, dim = _check_groups(score, n, m)
+    groups = score.movedim(dim, -1).unflatten(-1, (-1, m))
+    lowest = groups.argsort(dim=-1, stable=True)[..., : m - n]
+    mask = torch.ones_like(groups, dtype=torch.bool).scatter(-1, lowest, False)
+    return mask.flatten(-2).movedim(-1, dim).contiguous()
+
+
+def _check_groups(score: Tensor, n: int, m: int) -> tuple[Tensor, int]:
+    if count_of(n, "n", 0) > count_of(m, "m", 0) or n == 0:
+        raise ValueError(f"n:m needs 1 <= n <= m, got {n}:{m}")
+    score = real_tensor(score, "score", finite=False)
+    dim = min(1, score.dim() - 1)
+    if dim < 0 or score.shape[dim] % m:
+        shape = tuple(score.shape)
+        raise ValueError(f"{n}:{m} needs an input dimension that is a multiple of {m}, got score of shape {shape}")
+    return score, dim
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What pruning may touch: every matrix or kernel called weight, of linear, convolution, recurrent, attention layers.
+
+    Biases, normalisation layers and embeddings stay whole. A weight that several layers share appears once, under the
+    name that ``model.named_parameters()`` gives it.
 
     Raises:
-        ValueError: there is none, or a layer's weight is not a plain parameter (parametrized, or not yet initialised).
+        UnsupportedModel: no such weight, or one that is no plain parameter (parametrized, or a lazy layer's).
 
     >>> list(prunable_weights(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))))
     ['0.weight', '2.weight']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    names = {id(p): name for name, p in model.named_parameters()}
-    weights: dict[str, nn.Parameter] = {}
+    names, weights = {p: name for name, p in model.named_parameters()}, {}
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, _ConvNd)):
+        if fault := computed(module):
+            raise UnsupportedModel(f"cannot prune {path or 'the model'!r} ({type(module).__name__}): {fault}")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)):
             continue
-        weight = module._parameters.get("weight")
-        if weight is None:
-            raise ValueError(
-                f"the weight of {path or 'the model'!r} is no plain parameter (torch.nn.utils.prune or a "
-                "parametrization computes it): make it permanent first (torch.nn.utils.prune.remove(layer, 'weight'))"
-            )
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"the weight of {path!r} has no shape yet (a lazy layer): run the model once first")
-        if weight.numel():
-            weights[names[id(weight)]] = weight
+        for key, weight in module.named_parameters(recurse=False):
+            if "weight" in key and weight.dim() > 1 and weight.numel():
+                weights[names[weight]] = weight
     if not weights:
-        raise ValueError(f"the model ({type(model).__name__}) has no weight to prune: no Linear or Conv layer is in it")
+        raise UnsupportedModel(f"{type(model).__name__} has no weight to prune: no Linear or Conv layer is in it")
     return weights
-
-
-def make_masks(
-    weights: Mapping[str, Tensor], sparsity: float, *, scope: str = "global", score: Score | None = None
-) -> dict[str, Tensor]:
-    """Masks that leave ``1 - sparsity`` of the weights, without touching them: see :func:`prune_`."""
-    sparsity = check_share(sparsity, "sparsity")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}")
-    if not weights:
-        raise ValueError("there is no weight to prune: weights is empty")
-    scores = {}
-    for name, weight in weights.items():
-        weight = check_weight(weight, name)
-        # What is zero already goes first, whatever the criterion says: pruning twice never brings a weight back.
-        scores[name] = _score_of(name, weight, score).to(weight.device).masked_fill(weight == 0, -math.inf)
-    if scope == "layer":
-        masks = {name: rank_mask(s, sparsity) for name, s in scores.items()}
-    else:
-        device = next(iter(scores.values())).device
-        mask = rank_mask(torch.cat([s.flatten().to(device) for s in scores.values()]), sparsity)
-        parts = mask.split([s.numel() for s in scores.values()])
-        masks = {name: part.view(s.shape).to(s.device) for (name, s), part in zip(scores.items(), parts, strict=True)}
-    return {name: mask & (weights[name].detach() != 0) for name, mask in masks.items()}
-
-
-def _score_of(name: str, weight: Tensor, score: Score | None) -> Tensor:
-    if score is None:
-        return magnitude_score(weight)
-    if isinstance(score, Mapping):
-        if name not in score:
-            raise ValueError(f"score has no entry for {name!r}; it has: {', '.join(map(str, score)) or 'none'}")
-        value = score[name]
-    elif callable(score):
-        with torch.no_grad():
-            value = score(name, weight.clone())
-    else:
-        raise TypeError(f"score must be a function (name, weight) or a dict of tensors, got {type(score).__name__}")
-    value = check_weight(value, f"the score of {name}", finite=False)
-    if value.shape != weight.shape:
-        raise ValueError(f"the score of {name} must have shape {tuple(weight.shape)}, got {tuple(value.shape)}")
-    return value if value.is_floating_point() else value.double()
 
 
 def prune_(
     model: nn.Module, sparsity: float, *, scope: str = "global", score: Score | None = None
 ) -> dict[str, Tensor]:
-    """Set the least important weights of linear and convolution layers to zero, in place.
+    """Set the least important of :func:`prunable_weights` to zero, in place.
 
     Args:
-        model: any module; biases and normalisation layers stay whole.
         sparsity: share of the weights that are zero afterwards, in [0, 1). The count is exact:
-            ``round(sparsity · count)`` over all weights (``"global"``) or in each layer (``"layer"``), as in
-            ``torch.nn.utils.prune``.
+            ``round(sparsity · count)`` of all weights, in each layer, or in each row, as in ``torch.nn.utils.prune``.
             Weights that are zero already count, and go first: prune to 0.5 and then to 0.8, and 80 % are gone.
             Asking for less than is gone changes nothing.
         scope: one of :data:`SCOPES`.
@@ -151,7 +240,7 @@ def prune_(
 
     Raises:
         ValueError: a sparsity outside [0, 1), an unknown scope, NaN or infinite weights, NaN scores, a score that is
-            missing or of another shape, a model without such layers. The model is as it was.
+            missing or of another shape, a model without such weights. The model is as it was.
     """
     weights = prunable_weights(model)
     masks = make_masks(weights, sparsity, scope=scope, score=score)
@@ -159,44 +248,84 @@ def prune_(
     return masks
 
 
+def make_masks(
+    weights: Mapping[str, Tensor], sparsity: float, *, scope: str = "global", score: Score | None = None
+) -> dict[str, Tensor]:
+    """Masks that leave ``1 - sparsity`` of the weights, without touching them: see :func:`prune_`."""
+    if scope not in SCOPES or not weights:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}" if weights else "there is no weight to prune")
+    scores = {name: _score_of(name, weight, score) for name, weight in weights.items()}
+    if scope == "global":
+        flat = [s.flatten().cpu() for s in scores.values()]
+        parts = rank_mask(torch.cat(flat), sparsity).split([len(s) for s in flat])
+        masks = dict(zip(scores, parts, strict=True))
+    elif scope == "layer":
+        masks = {name: rank_mask(s, sparsity) for name, s in scores.items()}
+    else:
+        masks = {name: torch.stack([rank_mask(row, sparsity) for row in s]) for name, s in scores.items()}
+    return {
+        name: mask.view_as(scores[name]).to(weights[name].device) & (weights[name] != 0) for name, mask in masks.items()
+    }
+
+
+@torch.no_grad()
+def _score_of(name: str, weight: Tensor, score: Score | None) -> Tensor:
+    """The score of one weight, with what is zero already at the very end: pruning twice brings no weight back."""
+    real_tensor(weight, name)
+    if isinstance(score, Mapping) and name not in score:
+        raise ValueError(f"score has no entry for {name!r}; it has: {', '.join(map(str, score)) or 'none'}")
+    if isinstance(score, Mapping):
+        value = score[name]
+    else:
+        value = magnitude_score(weight) if score is None else score(name, weight.detach().clone())
+    value = real_tensor(value, f"the score of {name}", finite=False)
+    if value.shape != weight.shape:
+        raise ValueError(f"the score of {name} must have shape {tuple(weight.shape)}, got {tuple(value.shape)}")
+    return value.to(weight.device).masked_fill(weight == 0, -math.inf)
+
+
+# --- masks through training ------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def apply_masks_(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set every weight to zero whose mask is ``False``, in place.
 
     Args:
-        model: a module, or a dict of its parameters by name as ``after_step`` of a training gets it.
+        model: a module, or a dict of its parameters by name as ``after_step`` of a training gets it; those of R
+            replicas ``[R, ...]`` take a mask for each ``[R, ...]`` or one for all.
         masks: ``{parameter name: bool tensor of its shape}``; parameters without a mask stay as they are.
 
     Raises:
         ValueError: a name that is not there, a mask of another shape. Nothing is changed then.
         TypeError: a mask that is no bool tensor.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
-    if not isinstance(parameters, Mapping):
-        raise TypeError(f"model must be a module or a dict of parameters, got {type(model).__name__}")
+    single = isinstance(model, nn.Module)
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if single else model
     for name, mask in masks.items():
         if name not in parameters:
-            close = get_close_matches(str(name), list(parameters), n=3, cutoff=0.4)
-            raise ValueError(
-                f"no parameter is called {name!r}; the closest: {', '.join(close) or 'none'} "
-                "(a frozen parameter is not handed to after_step: leave its mask out)"
-            )
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            given = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            close = ", ".join(get_close_matches(str(name), list(parameters), n=3, cutoff=0.4)) or "none"
+            raise ValueError(f"no parameter is called {name!r}; the closest: {close} (a frozen one has no step)")
+        if getattr(mask, "dtype", None) is not torch.bool:
+            given = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of {name!r} must be a bool tensor, got {given}")
-        if mask.shape != parameters[name].shape:
-            fits = tuple(parameters[name].shape)
-            raise ValueError(f"the mask of {name!r} must have the weight's shape {fits}, got {tuple(mask.shape)}")
+        shape = tuple(parameters[name].shape)
+        if mask.shape != shape and (single or len(shape) < 3 or mask.shape != shape[1:]):
+            raise ValueError(f"the mask of {name!r} must have the weight's shape {shape}, got {tuple(mask.shape)}")
     for name, mask in masks.items():
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
-def keep_masks(masks: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor], int], None]:
+def keep_masks(masks: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> Callable[[Mapping, int], None]:
     """An ``after_step`` callback that holds pruned weights at zero.
 
-    An optimiser moves a pruned weight even where its gradient is zero: momentum remembers old gradients. Multiplying
-    the mask back in after every step is what makes zero stay zero.
+    An optimiser moves a pruned weight even where its gradient is zero: momentum remembers old gradients. Setting it to
+    zero again after every step is what makes zero stay zero.
+
+    Args:
+        masks: those of one model, or a list with those of each of R replicas that are trained in one pass.
     """
+    masks = masks if isinstance(masks, Mapping) else stack_masks(masks)
 
     def after_step(parameters: Mapping[str, Tensor], step: int) -> None:
         apply_masks_(parameters, masks)
@@ -204,12 +333,12 @@ def keep_masks(masks: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor], i
     return after_step
 
 
-def stack_masks(masks: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Masks of R replicas as one dict of ``[R, ...]`` masks, for :func:`keep_masks` in a batched training."""
-    if not masks:
-        raise ValueError("masks is empty: give one dict for each replica")
-    if any(set(one) != set(masks[0]) for one in masks):
-        raise ValueError("the replicas' masks have different names: all must come from one architecture")
+def stack_masks(masks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Masks of R replicas as one dict of ``[R, ...]`` masks."""
+    if not masks or any(one.keys() != masks[0].keys() for one in masks):
+        raise ValueError(
+            f"masks of replicas need the same names, for at least one replica; got {list(map(list, masks))}"
+        )
     return {name: torch.stack([one[name] for one in masks]) for name in masks[0]}
 
 
@@ -221,55 +350,44 @@ def cubic_sparsity(step: int, steps: int, final: float) -> float:
     >>> [round(cubic_sparsity(t, 4, 0.8), 4) for t in range(6)]
     [0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
     """
-    final = check_share(final, "final")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps!r}")
-    if not step >= 0:
-        raise ValueError(f"step must be at least 0, got {step!r}")
-    return final if step >= steps else final * (1.0 - (1.0 - step / steps) ** 3)
+    if not (step >= 0 and steps >= 1):
+        raise ValueError(f"step must be at least 0 and steps must be at least 1, got {step} and {steps}")
+    return share_of(final, "final") * (1 - (1 - min(step / steps, 1)) ** 3)
 
 
 class GradualPruning:
     """An ``after_step`` callback that prunes while training, along :func:`cubic_sparsity` (Zhu & Gupta 2017).
 
     Args:
-        model: tells which parameters are pruned; with ``replicas`` one of the models to be stacked.
+        model: tells which parameters are pruned. Where a training hands over those of R replicas ``[R, ...]``, each
+            replica is ranked on its own.
         final: sparsity at the end, in [0, 1).
         steps: optimiser steps until ``final`` is reached.
         every: steps between two rankings; in between the masks are held.
-        scope, score: as in :func:`prune_`.
-        replicas: the parameters will carry a leading replica dimension; each replica is ranked on its own.
+        options: ``scope`` and ``score`` as in :func:`prune_`.
 
     Attributes:
         masks: the masks now in force (empty before the first ranking).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        final: float,
-        steps: int,
-        *,
-        every: int = 1,
-        scope: str = "global",
-        score: Score | None = None,
-        replicas: bool = False,
-    ):
-        cubic_sparsity(0, steps, final)
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every!r}")
-        self.names, self.final, self.steps, self.every = list(prunable_weights(model)), final, steps, every
-        self.options, self.replicas, self.masks = {"scope": scope, "score": score}, replicas, {}
+    def __init__(self, model: nn.Module, final: float, steps: int, *, every: int = 1, **options):
+        weights = prunable_weights(model)
+        make_masks(weights, final, **options)  # whatever does not fit is said before the training starts
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.final, self.steps, self.every = final, count_of(steps, "steps"), count_of(every, "every")
+        self.options, self.masks = options, {}
 
     def __call__(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        apply_masks_(parameters, self.masks)  # first: what is pruned must not come back
         done = step + 1
         if done == self.steps or (done < self.steps and done % self.every == 0):
-            share = cubic_sparsity(done, self.steps, self.final)
-            weights = {name: parameters[name].detach() for name in self.names}
-            if self.replicas:
-                rows = range(len(next(iter(weights.values()))))
-                each = [make_masks({n: w[r] for n, w in weights.items()}, share, **self.options) for r in rows]
-                self.masks = stack_masks(each)
-            else:
-                self.masks = make_masks(weights, share, **self.options)
-        apply_masks_(parameters, self.masks)
+            weights = {name: parameters[name].detach() for name in self.shapes}
+            self.masks = self.rank(weights, cubic_sparsity(done, self.steps, self.final))
+            apply_masks_(parameters, self.masks)
+
+    def rank(self, weights: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        if all(weights[name].shape == shape for name, shape in self.shapes.items()):
+            return make_masks(weights, sparsity, **self.options)
+        replicas = zip(*weights.values(), strict=True)  # [R, ...] each
+        each = [dict(zip(weights, replica, strict=True)) for replica in replicas]
+        return stack_masks([make_masks(one, sparsity, **self.options) for one in each])

@@ -5,42 +5,19 @@ from their layer to the layers that consume them, and every tensor on the way lo
 What the walk does not understand it refuses by name, because a wrong guess would give a network that runs and is wrong.
 """
 
-import copy
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from course_lib.methods.surgery_ops import (
-    BINARY,
-    CHANNEL,
-    ELEMENTWISE,
-    ELEMENTWISE_MODULES,
-    FLAT_CHANNEL,
-    FLAT_LAST,
-    LAST,
-    POOLING,
-    POOLING_MODULES,
-    cut_inputs,
-    cut_outputs,
-    cut_vectors,
-    grouped,
-    is_batch_size,
-    is_flatten,
-    is_global_mean,
-    op_name,
-    read_keep,
-)
+from course_lib.gate import UnsupportedModel, check_model, copy_model, own_forward, real_tensor
 
-__all__ = ["CouplingError", "remove_neurons"]
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Cut = Callable[[Tensor], None]
+__all__ = ["CouplingError", "recalibrate_batchnorm", "remove_neurons"]
 
 
-class CouplingError(ValueError):
+class CouplingError(UnsupportedModel):
     """The neurons cannot be removed on their own: the text names the layer and what it is coupled to."""
 
     def __init__(self, layer: str, coupling: str):
@@ -69,8 +46,8 @@ def remove_neurons(model: nn.Module, layer_name: str, keep: Tensor | Sequence[in
 
     Raises:
         CouplingError: a residual sum, a concatenation, a grouped or depthwise convolution, a shared layer or weight,
-            outputs of the whole model, a layer over all neurons (LayerNorm, attention), a forward that cannot be
-            traced.
+            outputs of the whole model, a layer over all neurons (LayerNorm, attention), a hard-coded size, an operation
+            that is not known, a forward that cannot be traced, hooks, a model that cannot be copied.
         ValueError: an unknown name, a layer of another kind, a ``keep`` that is empty, of the wrong length, out of
             range or with repeats.
         TypeError: ``keep`` is neither bool nor integer.
@@ -84,194 +61,318 @@ def remove_neurons(model: nn.Module, layer_name: str, keep: Tensor | Sequence[in
     )
     """
     layer = _find_layer(model, layer_name)
-    index = read_keep(keep, layer.weight.shape[0], layer_name)
-    smaller = _copy(model, layer_name)
-    cuts: dict[nn.Module, Cut] = {}
+    keep = _indices(keep, layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels, layer_name)
+    cuts: dict[str, tuple[int, Tensor]] = {}
     # A forward may take another path while training (an auxiliary head): what is read on either path is cut.
     for training in (True, False):
-        cuts.update(_Reader(smaller, layer_name, layer.weight.shape[0], training).cuts())
+        cuts.update(_Reader(copy_model(model), layer_name, keep, training).cuts())
     if not cuts:
         raise CouplingError(layer_name, "forward never calls it by itself (it is unused, or part of a composite layer)")
-    with torch.no_grad():
-        for cut in cuts.values():
-            cut(index)
+    smaller = copy_model(model)
+    for name, (dim, index) in cuts.items():
+        _cut(smaller.get_submodule(name), dim, index)
     return smaller
 
 
-def _copy(model: nn.Module, layer_name: str) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:  # torch cannot copy a tensor that was computed, such as a weight under torch's prune
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, *_CONVS)):
-                _check_plain(module, name, layer_name)
-        raise CouplingError(layer_name, f"the model cannot be copied ({str(error).splitlines()[0]})") from error
+def recalibrate_batchnorm(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy whose BatchNorms hold the mean and variance of what they see on these images, all in one batch.
+
+    After surgery the statistics are those of the larger network. They are taken from first to last, so that each layer
+    sees what the renewed ones before it give. Weights, mode and everything else stay as they are; dropout is off.
+
+    Args:
+        images: ``[N, ...]``, N ≥ 2, as the model takes them.
+
+    Raises:
+        UnsupportedModel: no BatchNorm that keeps statistics, or one that is not reached or kept in eval mode.
+
+    >>> net = nn.Sequential(nn.BatchNorm1d(1, affine=False))
+    >>> recalibrate_batchnorm(net, torch.tensor([[1.0], [5.0]]))[0].running_mean
+    tensor([3.])
+    """
+    real_tensor(images, "images")
+    model, modes = copy_model(model), {name: module.training for name, module in model.named_modules()}
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    momenta = {norm: (norm.momentum, norm.num_batches_tracked.clone()) for norm in norms.values()}
+    model.eval()
+    for norm in norms.values():
+        norm.train().reset_running_stats()
+        norm.momentum = None  # the plain mean over all calls of the layer, here one
+    with torch.no_grad():
+        model(images)
+    still = [name for name, norm in norms.items() if not norm.num_batches_tracked]
+    if still or not norms:
+        what = (
+            f"{', '.join(still)} saw nothing or stays in eval mode" if still else "it has no BatchNorm with statistics"
+        )
+        raise UnsupportedModel(f"cannot recalibrate this {type(model).__name__}: {what}")
+    for norm, (momentum, tracked) in momenta.items():
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(tracked)
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    return model
+
+
+# How a tensor carries n neurons. A conv's feature map [N, n, ...] holds them in dimension 1; a linear layer's output
+# [..., n] in its last. Flattened, a channel is a run of consecutive columns, and a feature comes back every n columns.
+_CHANNEL, _LAST, _FLAT_CHANNEL, _FLAT_LAST = "channel", "last", "flat channel", "flat last"
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+_ELEMENTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Softsign),
+    *(nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Identity),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+# Functions and methods by name, with or without the underscore of working in place.
+_POOL_NAMES = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)}
+_ELEMENTWISE_NAMES = set(
+    "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardtanh hardsigmoid hardswish softplus "
+    "softsign clamp clip abs neg square sqrt exp erf dropout dropout1d dropout2d dropout3d alpha_dropout contiguous "
+    "clone detach float half double".split()
+)
+_BINARY_NAMES = set("add iadd sub isub mul imul truediv itruediv div pow maximum minimum".split())
+
+
+class _Reader:
+    """Follows the kept neurons of a layer through the traced graph and notes what is cut on the way.
+
+    ``where[node]`` says how a node's output carries the neurons, ``rank[node]`` how many dimensions it has, if known.
+    """
+
+    def __init__(self, model: nn.Module, layer_name: str, keep: Tensor, training: bool):
+        self.model, self.layer_name, self.keep = model, layer_name, keep
+        self.layer = model.get_submodule(layer_name)
+        self.size = len(self.layer.weight)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.where: dict[fx.Node, str] = {}
+        self.rank: dict[fx.Node, int | None] = {}
+        self.found: dict[str, tuple[int, Tensor]] = {}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.nodes = list(fx.Tracer().trace(model.train(training)).nodes)
+        except Exception as error:  # a forward may raise anything when it meets a proxy instead of a tensor
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise self.refuse(f"the forward of {type(model).__name__} cannot be traced ({reason})") from error
+
+    def refuse(self, coupling: str) -> CouplingError:
+        return CouplingError(self.layer_name, coupling)
+
+    def cuts(self) -> dict[str, tuple[int, Tensor]]:
+        """(dimension, kept entries along it) for the layer and all modules that see its neurons, by name."""
+        for node in self.nodes:
+            module = self.modules[node.target] if node.op == "call_module" else None
+            self.rank[node] = self._rank(node, module)
+            carriers = [source for source in node.all_input_nodes if source in self.where]
+            if module is self.layer:
+                if carriers:
+                    raise self.refuse(f"{node.target!r} reads its own outputs: it is called more than once")
+                self._claim(node, module, 0, self.keep)
+                self.where[node] = _LAST if isinstance(module, nn.Linear) else _CHANNEL
+            elif carriers and not _is_batch_size(node):
+                self._step(node, module, carriers)
+        return self.found
+
+    def _rank(self, node: fx.Node, module: nn.Module | None) -> int | None:
+        name = _op_name(node)
+        if isinstance(module, _CONVS):
+            return 2 + len(module.kernel_size)
+        if _is_flatten(node, module) or (name == "mean" and module is None):
+            return 2  # a mean that is not over all pixels is refused anyway
+        same = isinstance(module, (nn.Linear, _BatchNorm, *_ELEMENTWISE, *_POOLS))
+        if same or name in _ELEMENTWISE_NAMES | _POOL_NAMES | _BINARY_NAMES:
+            return next((self.rank[source] for source in node.all_input_nodes), None)
+        return None
+
+    def _step(self, node: fx.Node, module: nn.Module | None, carriers: list[fx.Node]) -> None:
+        """One operation on the neurons: cut it, pass it, or refuse it."""
+        name, state, rank = _op_name(node), self.where[carriers[0]], self.rank[carriers[0]]
+        label = repr(node.target) if module is not None else f"{name} (node {node.name!r})"
+        others = [s.target if s.op != "call_function" else s.name for s in node.all_input_nodes if s not in carriers]
+        flatten = _is_flatten(node, module)
+        if node.op == "output":
+            raise self.refuse("its neurons are outputs of the whole model (logits)")
+        if module is None and name in ("cat", "concat", "concatenate", "stack"):
+            with_whom = ", ".join(map(repr, others)) or "itself"
+            raise self.refuse(f"its outputs are concatenated with those of {with_whom} by {label}")
+        if others and not flatten:
+            what = f"its outputs meet those of {', '.join(map(repr, others))} in {label}"
+            raise self.refuse(f"{what}, a residual connection, gate or tensor of numbers for each neuron")
+        if any(self.where[source] != state for source in carriers):
+            raise self.refuse(f"{label} combines its outputs before and after flattening")
+
+        if isinstance(module, nn.Linear):
+            if state == _CHANNEL:
+                raise self.refuse(f"{label} is a Linear that reads the last axis of a feature map, not its channels")
+            self._claim(node, module, 1, self._entries(state, module.in_features, label))
+        elif isinstance(module, _CONVS):
+            if state != _CHANNEL:
+                raise self.refuse(f"{label} is a convolution over what is no feature map with channels")
+            self._claim(node, module, 1, self._entries(state, module.in_channels, label))
+        elif isinstance(module, _BatchNorm) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
+            # Its numbers belong to dimension 1, which a linear layer's neurons are in only where there are two.
+            if state == _LAST and rank != 2 and not (rank is None and type(self.model) is nn.Sequential):
+                cure = "if there are no more than two dimensions, say so with x.flatten(1) before the layer"
+                raise self.refuse(f"{label} works on dimension 1, which may not be the neurons' ({cure})")
+            size = module.num_features if isinstance(module, _BatchNorm) else module.num_parameters
+            self._claim(node, module, 0, self._entries(state, size, label))
+            self.where[node] = state
+        elif flatten:
+            self.where[node] = {_CHANNEL: _FLAT_CHANNEL, _LAST: _FLAT_LAST}.get(state, state)
+        elif state == _CHANNEL and _is_global_mean(node, rank):
+            self.where[node] = _LAST
+        elif isinstance(module, _ELEMENTWISE) or (module is None and name in _ELEMENTWISE_NAMES | _BINARY_NAMES):
+            self._plain(module, label)
+            self.where[node] = state
+        elif isinstance(module, _POOLS) or (module is None and name in _POOL_NAMES):
+            width = int((type(module).__name__ if module is not None else name)[-2])
+            if state != _CHANNEL or rank != width + 2:
+                raise self.refuse(f"{label} pools over the neurons themselves")
+            self._plain(module, label)
+            self.where[node] = state
+        elif name in ("view", "reshape", "flatten", "Flatten", "Unflatten"):
+            raise self.refuse(f"forward calls {label} with sizes of its own; write x.flatten(1), which fits any number")
+        else:
+            kind = f"{label} is a {type(module).__name__}" if module is not None else f"forward calls {label}"
+            raise self.refuse(f"{kind}, which couples neurons in a way it does not know")
+
+    def _plain(self, module: nn.Module | None, label: str) -> None:
+        if module is not None and own_forward(module):
+            raise self.refuse(f"{label} has a forward of its own")
+
+    def _claim(self, node: fx.Node, module: nn.Module, dim: int, index: Tensor) -> None:
+        """Note a cut of ``module``, which must be called once, with a weight of its own, in no groups."""
+        name = node.target
+        self._plain(module, repr(name))
+        if sum(n.op == "call_module" and self.modules[n.target] is module for n in self.nodes) > 1:
+            raise self.refuse(f"{name!r} is a shared layer, called more than once in forward")
+        if getattr(module, "groups", 1) > 1:
+            kind = "depthwise" if module.groups == module.in_channels else "grouped"
+            what = "it" if module is self.layer else repr(name)
+            raise self.refuse(f"{what} is a {kind} convolution (groups={module.groups}): inputs and outputs are tied")
+        own = list(module.parameters(recurse=False))
+        for other, parameter in self.model.named_parameters(remove_duplicate=False):
+            owner = self.modules[other.rpartition(".")[0]]
+            if owner is not module and any(parameter is p for p in own):
+                raise self.refuse(f"a weight of {name!r} is shared with {other!r}")
+        for n in self.nodes:
+            if n.op == "get_attr" and self.modules.get(n.target.rpartition(".")[0]) is module is not self.model:
+                raise self.refuse(f"{n.target!r} is shared: forward reads it beside calling {name!r}")
+        self.found[name] = dim, index
+
+    def _entries(self, state: str, size: int, label: str) -> Tensor:
+        """How kept neurons become kept entries of a layer with ``size`` inputs."""
+        times, rest = divmod(size, self.size)
+        if rest or times == 0 or (times > 1 and state in (_CHANNEL, _LAST)):
+            raise self.refuse(f"{label} has {size} inputs, which do not come from {self.size} neurons alone")
+        if state == _FLAT_LAST:  # positions × features: the neuron's number runs fastest
+            return (torch.arange(times)[:, None] * self.size + self.keep).flatten()
+        return (self.keep[:, None] * times + torch.arange(times)).flatten()
+
+
+def _op_name(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``"relu"`` for ``torch.relu``, ``F.relu``, ``x.relu()`` and ``x.relu_()``."""
+    if node.op == "call_method":
+        return node.target.rstrip("_")
+    if node.op != "call_function":
+        return ""
+    name, home = node.target.__name__, node.target.__module__ or "torch"
+    known = home.split(".")[0] in ("torch", "_operator", "builtins")
+    return name.rstrip("_") if known else f"{home}.{name}"  # somebody's own relu may be anything
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """Is this ``x.size(0)``, ``x.shape[0]``, or the ``x.shape`` of which only entry 0 is read?"""
+    first = all(_op_name(user) == "getitem" and user.args[1] == 0 for user in node.users)
+    if _op_name(node) == "size":
+        return _argument(node, 1, "dim", None) == 0 or (len(node.args) == 1 and not node.kwargs and first)
+    if _op_name(node) == "getattr":
+        return node.args[1] == "shape" and first
+    return _op_name(node) == "getitem" and node.args[1] == 0 and _is_batch_size(node.args[0])
+
+
+def _is_flatten(node: fx.Node, module: nn.Module | None) -> bool:
+    """Does this node flatten all but the batch dimension, whatever the number of channels?"""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1) and not own_forward(module)
+    if _op_name(node) == "flatten":
+        return (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)) == (1, -1)
+    if _op_name(node) in ("view", "reshape"):
+        sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and _is_batch_size(sizes[0]) and sizes[1] == -1
+    return False
+
+
+def _is_global_mean(node: fx.Node, rank: int) -> bool:
+    """Is this a mean over all dimensions of a feature map behind the channels, without ``keepdim``?"""
+    dims = _argument(node, 1, "dim", ())
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    whole = sorted(d % rank for d in dims if isinstance(d, int)) == list(range(2, rank))
+    return _op_name(node) == "mean" and whole and not _argument(node, 2, "keepdim", False)
 
 
 def _find_layer(model: nn.Module, layer_name: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        check_model(model, "remove neurons from")
+    except UnsupportedModel as error:
+        raise CouplingError(layer_name, str(error)) from error
     modules = dict(model.named_modules())
     fits = [name for name, module in modules.items() if isinstance(module, (nn.Linear, *_CONVS))]
     if layer_name not in modules:
         close = difflib.get_close_matches(str(layer_name), fits, n=3, cutoff=0.3)
         hint = ", ".join(close or fits) or "none, the model has no Linear or Conv layer"
         raise ValueError(f"no layer is called {layer_name!r}; the closest: {hint}")
-    layer = modules[layer_name]
-    if not isinstance(layer, (nn.Linear, *_CONVS)):
+    if layer_name not in fits:
+        kind = f"{layer_name!r} is a {type(modules[layer_name]).__name__}"
+        there = ", ".join(fits) or "there is none here"
+        raise ValueError(f"{kind}: neurons can be removed from Linear and Conv layers ({there})")
+    return modules[layer_name]
+
+
+def _indices(keep: Tensor | Sequence[int] | Sequence[bool], size: int, layer_name: str) -> Tensor:
+    """``keep`` as sorted distinct indices."""
+    given = torch.as_tensor(keep if hasattr(keep, "__array__") else list(keep)).detach().cpu()
+    if given.dim() != 1:
+        raise ValueError(f"keep must have one dimension, got shape {tuple(given.shape)}")
+    if given.dtype is torch.bool and len(given) not in (0, size):
+        raise ValueError(f"the mask keep must have one entry for each of the {size} neurons, got {len(given)}")
+    if len(given) == 0 or (given.dtype is torch.bool and not given.any()):
+        raise ValueError(f"keep leaves nothing: all {size} neurons of {layer_name!r} would be removed")
+    if given.dtype is torch.bool:
+        return given.nonzero().flatten()
+    if given.is_floating_point() or given.is_complex():
+        raise TypeError(f"keep must be a bool mask or integer indices, got dtype {given.dtype}")
+    unique = given.long().unique()
+    if unique[0] < 0 or unique[-1] >= size:
         raise ValueError(
-            f"{layer_name!r} is a {type(layer).__name__}: neurons can be removed from Linear and Conv layers "
-            f"({', '.join(fits) or 'there is none here'})"
+            f"keep has indices outside [0, {size}): {[i for i in given.tolist() if not 0 <= i < size][:5]}"
         )
-    _check_plain(layer, layer_name, layer_name)
-    return layer
+    if len(unique) != len(given):
+        counts = f"{len(given)} given, {len(unique)} distinct"
+        raise ValueError(f"keep repeats indices: {counts} (a mask must be of dtype bool)")
+    return unique
 
 
-def _check_plain(module: nn.Module, name: str, layer_name: str) -> None:
-    if module._parameters.get("weight") is None:
-        raise CouplingError(layer_name, f"the weight of {name!r} is computed by a parametrization, remove that first")
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        raise CouplingError(layer_name, f"{name!r} is a lazy layer without a shape yet, run the model once first")
-
-
-class _Reader:
-    """Follows a layer's ``size`` neurons through the traced graph and collects one cut for each module on the way.
-
-    ``where[node]`` says how a node's output carries the neurons: see the constants in ``surgery_ops``.
-    """
-
-    def __init__(self, model: nn.Module, layer_name: str, size: int, training: bool):
-        self.model, self.layer_name, self.size = model, layer_name, size
-        self.layer = model.get_submodule(layer_name)
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.owners: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.owners.setdefault(id(parameter), []).append(name)
-        self.nodes = self._trace(training)
-        self.where: dict[fx.Node, str] = {}
-        self.found: dict[nn.Module, Cut] = {}
-
-    def refuse(self, coupling: str) -> CouplingError:
-        return CouplingError(self.layer_name, coupling)
-
-    def _trace(self, training: bool) -> list[fx.Node]:
-        modes = [m.training for m in self.model.modules()]
-        self.model.train(training)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return list(fx.Tracer().trace(self.model).nodes)
-        except Exception as error:  # a forward may raise anything when it meets a proxy instead of a tensor
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise self.refuse(f"the forward of {type(self.model).__name__} cannot be traced ({reason})") from error
-        finally:
-            for module, mode in zip(self.model.modules(), modes, strict=True):
-                module.training = mode
-
-    def cuts(self) -> dict[nn.Module, Cut]:
-        """The cuts for the layer and for all modules that see its neurons."""
-        for node in self.nodes:
-            if node.op == "call_module" and self.modules[node.target] is self.layer:
-                self._start(node)
-            elif any(source in self.where for source in node.all_input_nodes):
-                self._step(node)
-        return self.found
-
-    def _start(self, node: fx.Node) -> None:
-        if any(source in self.where for source in node.all_input_nodes):
-            raise self.refuse(f"{node.target!r} reads its own outputs: it is called more than once")
-        self._claim(node, self.layer)
-        if getattr(self.layer, "groups", 1) > 1:
-            raise self.refuse(f"it is a {grouped(self.layer)}")
-        self.found[self.layer] = lambda keep: cut_outputs(self.layer, keep)
-        self.where[node] = LAST if isinstance(self.layer, nn.Linear) else CHANNEL
-
-    def _claim(self, node: fx.Node, module: nn.Module) -> None:
-        """Make sure that ``module`` can be cut: called once, with a weight of its own."""
-        name = node.target
-        if sum(n.op == "call_module" and self.modules[n.target] is module for n in self.nodes) > 1:
-            raise self.refuse(f"{name!r} is a shared layer, called more than once in forward")
-        if isinstance(module, (nn.Linear, *_CONVS)):
-            _check_plain(module, name, self.layer_name)
-        for parameter in module.parameters(recurse=False):
-            others = [owner for owner in self.owners[id(parameter)] if self._owner(owner) is not module]
-            if others:
-                raise self.refuse(f"a weight of {name!r} is shared with {others[0]!r}")
-        for n in self.nodes:
-            if n.op == "get_attr" and "." in n.target and self._owner(n.target) is module:
-                raise self.refuse(f"{n.target!r} is shared: forward reads it beside calling {name!r}")
-
-    def _owner(self, parameter_name: str) -> nn.Module:
-        return self.modules[parameter_name.rpartition(".")[0]]
-
-    def _step(self, node: fx.Node) -> None:
-        if node.op == "output":
-            raise self.refuse("its neurons are outputs of the whole model (logits)")
-        if is_batch_size(node):
-            return
-        module = self.modules[node.target] if node.op == "call_module" else None
-        name = op_name(node)
-        state = next(self.where[source] for source in node.all_input_nodes if source in self.where)
-        label = repr(node.target) if module is not None else f"{name} (node {node.name!r})"
-
-        if isinstance(module, nn.Linear):
-            if state == CHANNEL:
-                raise self.refuse(f"{label} is a Linear that reads the last axis of a feature map, not its channels")
-            self._consume(node, module, state, module.in_features, "in_features")
-        elif isinstance(module, _CONVS):
-            if state != CHANNEL:
-                raise self.refuse(f"{label} is a convolution over what is no feature map with channels")
-            if module.groups > 1:
-                raise self.refuse(f"{label} is a {grouped(module)}")
-            self._consume(node, module, state, module.in_channels, "in_channels")
-        elif isinstance(module, _BatchNorm) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
-            size = module.num_features if isinstance(module, _BatchNorm) else module.num_parameters
-            self._claim(node, module)
-            columns = self._columns(state, size, label)
-            self.found[module] = lambda keep: cut_vectors(module, columns(keep))
-            self.where[node] = state
-        elif is_flatten(node, module):
-            self.where[node] = {CHANNEL: FLAT_CHANNEL, LAST: FLAT_LAST}.get(state, state)
-        elif is_global_mean(node) and state == CHANNEL:
-            self.where[node] = LAST
-        elif isinstance(module, ELEMENTWISE_MODULES) or (module is None and name in ELEMENTWISE):
-            self.where[node] = state
-        elif isinstance(module, POOLING_MODULES) or (module is None and name in POOLING):
-            if state != CHANNEL:
-                raise self.refuse(f"{label} pools over the neurons themselves")
-            self.where[node] = state
-        elif module is None and name in BINARY:
-            self._binary(node, state, label)
-        elif name in ("cat", "concat", "concatenate", "stack"):
-            raise self.refuse(f"its outputs are concatenated with those of {self._others(node)} by {label}")
-        else:
-            kind = f"{label} is a {type(module).__name__}" if module is not None else f"forward calls {label}"
-            raise self.refuse(f"{kind}, which couples neurons in a way it does not know")
-
-    def _binary(self, node: fx.Node, state: str, label: str) -> None:
-        others = [s for s in node.all_input_nodes if s not in self.where]
-        if others:
-            raise self.refuse(
-                f"its outputs meet those of {self._others(node)} in {label}, a residual connection or gate"
-            )
-        if any(self.where[source] != state for source in node.all_input_nodes):
-            raise self.refuse(f"{label} combines its outputs before and after flattening")
-        self.where[node] = state
-
-    def _others(self, node: fx.Node) -> str:
-        others = [s for s in node.all_input_nodes if s not in self.where]
-        names = [s.target if s.op in ("call_module", "get_attr", "placeholder") else s.name for s in others]
-        return ", ".join(map(repr, names)) or "itself"
-
-    def _consume(self, node: fx.Node, module: nn.Module, state: str, size: int, attribute: str) -> None:
-        self._claim(node, module)
-        columns = self._columns(state, size, repr(node.target))
-        self.found[module] = lambda keep: cut_inputs(module, columns(keep), attribute)
-
-    def _columns(self, state: str, size: int, label: str) -> Callable[[Tensor], Tensor]:
-        """How kept neurons become kept columns of a layer with ``size`` inputs."""
-        times, rest = divmod(size, self.size)
-        if rest or times == 0 or (times > 1 and state in (CHANNEL, LAST)):
-            raise self.refuse(f"{label} has {size} inputs, which do not come from {self.size} neurons alone")
-        if state == FLAT_LAST:  # positions × features: the neuron's number runs fastest
-            return lambda keep: (torch.arange(times)[:, None] * self.size + keep).flatten()
-        return lambda keep: (keep[:, None] * times + torch.arange(times)).flatten()
+def _cut(module: nn.Module, dim: int, index: Tensor) -> None:
+    """Keep the entries ``index`` of a module's outputs or per-neuron vectors (``dim`` 0) or of its inputs (``dim`` 1)."""
+    for name in ("weight", "bias", "running_mean", "running_var") if dim == 0 else ("weight",):
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            part = tensor.detach().index_select(dim, index.to(tensor.device))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(part, tensor.requires_grad) if is_parameter else part)
+    sizes = (
+        ("out_features", "out_channels", "num_features", "num_parameters")
+        if dim == 0
+        else ("in_features", "in_channels")
+    )
+    setattr(module, next(size for size in sizes if hasattr(module, size)), len(index))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course_lib.methods.pruning_storage import LAYOUTS, pack_weight, unpack_weight
+from course_lib.methods.sparse_storage import LAYOUTS, pack_weight, unpack_weight
 
 
 @settings(max_examples=40, deadline=None)

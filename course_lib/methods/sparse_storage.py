@@ -31,24 +31,20 @@ def pack_weight(weight: Tensor, layout: str = "bitmap") -> bytes:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
+    if getattr(weight, "dtype", None) is not torch.float32:
         raise TypeError(f"weight must be a float32 tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
     if weight.dim() == 0 or weight.numel() == 0:
         raise ValueError(f"weight must have at least one row and one entry, got shape {tuple(weight.shape)}")
-    values = weight.detach().cpu().contiguous().numpy().astype("<f4").reshape(len(weight), -1)
+    values = weight.detach().cpu().numpy().astype("<f4").reshape(len(weight), -1)
     header = struct.pack(f"<BB{weight.dim()}I", LAYOUTS.index(layout), weight.dim(), *weight.shape)
+    kept = values != 0
     if layout == "dense":
         return header + values.tobytes()
-    kept = values != 0
     if layout == "bitmap":
         return header + np.packbits(kept).tobytes() + values[kept].tobytes()
-    starts = np.concatenate([[0], kept.sum(axis=1).cumsum()]).astype("<u4")
+    starts = np.append(0, kept.sum(axis=1).cumsum()).astype("<u4")
     columns = kept.nonzero()[1].astype(_column_type(values.shape[1]))
     return header + starts.tobytes() + columns.tobytes() + values[kept].tobytes()
-
-
-def _column_type(columns: int) -> str:
-    return "<u2" if columns <= 2**16 else "<u4"
 
 
 def unpack_weight(data: bytes) -> Tensor:
@@ -57,44 +53,38 @@ def unpack_weight(data: bytes) -> Tensor:
     Raises:
         ValueError: the bytes are cut off, too many, or no packed weight.
     """
-    if len(data) < 2 or data[0] >= len(LAYOUTS) or len(data) < 2 + 4 * data[1]:
+    if len(data) < 6 or data[0] >= len(LAYOUTS) or len(data) < 2 + 4 * data[1]:
         raise ValueError(f"these {len(data)} bytes are no packed weight: the header does not fit")
-    layout, dims = LAYOUTS[data[0]], data[1]
-    shape = struct.unpack_from(f"<{dims}I", data, 2)
-    rows, total = (shape[0] if shape else 0), math.prod(shape)
-    if not shape or total == 0:
+    layout, shape, position = LAYOUTS[data[0]], struct.unpack_from(f"<{data[1]}I", data, 2), 2 + 4 * data[1]
+    total = math.prod(shape) if shape else 0
+    if total == 0:
         raise ValueError(f"a packed weight has at least one entry, this header says shape {shape}")
-    reader = _Bytes(data, 2 + 4 * dims)
+    columns = total // shape[0]
+
+    def take(dtype: str, count: int) -> np.ndarray:
+        nonlocal position
+        start, position = position, position + np.dtype(dtype).itemsize * count
+        if position > len(data):
+            raise ValueError(f"a packed weight is cut off: {position} bytes needed, {len(data)} given")
+        return np.frombuffer(data, dtype, count, start)
+
     if layout == "dense":
-        values = reader.take("<f4", total)
+        where = np.arange(total)
+    elif layout == "bitmap":
+        where = np.unpackbits(take("u1", math.ceil(total / 8)), count=total).nonzero()[0]
     else:
-        values = np.zeros(total, dtype="<f4")
-        if layout == "bitmap":
-            where = np.unpackbits(reader.take("u1", math.ceil(total / 8)), count=total).nonzero()[0]
-        else:
-            starts = reader.take("<u4", rows + 1).astype(np.int64)
-            columns = reader.take(_column_type(total // rows), int(starts[-1])).astype(np.int64)
-            if starts[0] != 0 or (np.diff(starts) < 0).any() or (columns >= total // rows).any():
-                raise ValueError(f"the packed row starts or columns do not fit shape {shape}")
-            where = np.repeat(np.arange(rows), np.diff(starts)) * (total // rows) + columns
-        values[where] = reader.take("<f4", len(where))
-    reader.finish()
-    return torch.from_numpy(values.astype(np.float32).reshape(shape))
+        starts = take("<u4", shape[0] + 1).astype(np.int64)
+        column = take(_column_type(columns), int(starts[-1])).astype(np.int64)
+        if starts[0] != 0 or (np.diff(starts) < 0).any() or (column >= columns).any():
+            raise ValueError(f"the packed row starts or columns do not fit shape {shape}")
+        where = np.repeat(np.arange(shape[0]), np.diff(starts)) * columns + column
+    kept = take("<f4", len(where))
+    if position != len(data):
+        raise ValueError(f"a packed weight has {len(data) - position} bytes too many")
+    values = np.zeros(total, dtype=np.float32)
+    values[where] = kept
+    return torch.from_numpy(values.reshape(shape))
 
 
-class _Bytes:
-    """Reads typed arrays one after another, and complains when there are too few or too many bytes."""
-
-    def __init__(self, data: bytes, position: int):
-        self.data, self.position = data, position
-
-    def take(self, dtype: str, count: int) -> np.ndarray:
-        size = np.dtype(dtype).itemsize * count
-        if self.position + size > len(self.data):
-            raise ValueError(f"a packed weight is cut off: {self.position + size} bytes needed, {len(self.data)} given")
-        self.position += size
-        return np.frombuffer(self.data, dtype, count, self.position - size)
-
-    def finish(self) -> None:
-        if self.position != len(self.data):
-            raise ValueError(f"a packed weight has {len(self.data) - self.position} bytes too many")
+def _column_type(columns: int) -> str:
+    return "<u2" if columns <= 2**16 else "<u4"

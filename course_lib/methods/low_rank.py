@@ -1,0 +1,99 @@
+"""Low rank: one wide layer as two thin ones, by the singular value decomposition."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from course_lib.gate import UnsupportedModel, count_of, own_forward, real_tensor, replace_layers
+
+__all__ = ["factorize", "rank_for_bytes"]
+
+
+def factorize(layer: nn.Module, rank: int | Mapping[str, int]) -> nn.Sequential | nn.Module:
+    """The best layer of this rank: ``W = U Σ Vᵀ ≈ (U √Σ)(√Σ Vᵀ)``, two thin layers (Eckart & Young 1936).
+
+    A linear layer becomes ``Linear(in, rank)`` and ``Linear(rank, out)``; a convolution a convolution to ``rank``
+    channels and a 1×1 convolution after it (Denil et al. 2013; Jaderberg et al. 2014). No weight of that rank has a
+    smaller squared error. The layers compute on their own: train them further as they are.
+
+    Args:
+        layer: an ``nn.Linear`` or ungrouped ``nn.Conv2d``, or a model: a copy of it is returned, then.
+        rank: in [1, min(out, in·kh·kw)]; for a model also ``{layer name: rank}``. One number for a whole model leaves
+            the layers that it would not make smaller as they are.
+
+    Raises:
+        UnsupportedModel: a model that cannot be converted rightly (see :mod:`course_lib.gate`), a grouped convolution.
+        ValueError: a rank out of range, a name that is no layer, NaN or infinite weights.
+
+    >>> [tuple(thin.weight.shape) for thin in factorize(nn.Linear(100, 50), 8)]
+    [(8, 100), (50, 8)]
+    """
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return _factorize_model(layer, rank)
+    matrix = _matrix(layer, rank)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return _thin_layers(layer, root[:, None] * v[:rank], u[:, :rank] * root)
+
+
+def rank_for_bytes(layer: nn.Linear | nn.Conv2d, budget: int) -> int:
+    """The largest rank whose two thin weights take at most ``budget`` bytes: ``r · (out + in·kh·kw) · bytes each``.
+
+    Raises:
+        ValueError: not even rank 1 fits.
+
+    >>> rank_for_bytes(nn.Linear(100, 50), 5000)
+    8
+    """
+    rows, columns = layer.weight.flatten(1).shape
+    one = (rows + columns) * layer.weight.element_size()
+    if budget < one:
+        raise ValueError(f"rank 1 takes {one} bytes, the budget is {budget}")
+    return min(int(budget // one), rows, columns)
+
+
+def _matrix(layer: nn.Linear | nn.Conv2d, rank: int) -> torch.Tensor:
+    matrix = real_tensor(layer.weight, "weight").flatten(1)
+    if getattr(layer, "groups", 1) > 1 or own_forward(layer):
+        raise UnsupportedModel(f"cannot factorize {layer}: a layer without groups and a forward of its own is needed")
+    if count_of(rank, "rank") > min(matrix.shape):
+        raise ValueError(f"rank must be at most {min(matrix.shape)}, for a weight of {tuple(matrix.shape)}, got {rank}")
+    return matrix
+
+
+def _thin_layers(layer: nn.Linear | nn.Conv2d, first: torch.Tensor, second: torch.Tensor) -> nn.Sequential:
+    rank, place = len(first), {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Conv2d):
+        where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        where["padding_mode"] = layer.padding_mode
+        a = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **where, bias=False, **place)
+        b = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **place)
+    else:
+        a = nn.Linear(layer.in_features, rank, bias=False, **place)
+        b = nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **place)
+    with torch.no_grad():
+        a.weight.copy_(first.view_as(a.weight))
+        b.weight.copy_(second.view_as(b.weight))
+        if layer.bias is not None:
+            b.bias.copy_(layer.bias)
+    for new in (a, b):
+        new.weight.requires_grad_(layer.weight.requires_grad)
+    return nn.Sequential(a, b).train(layer.training)
+
+
+def _factorize_model(model: nn.Module, rank: int | Mapping[str, int]) -> nn.Module:
+    named = isinstance(rank, Mapping)
+    left = dict(rank) if named else {}
+
+    def convert(name: str, layer: nn.Module) -> nn.Module:
+        rows, columns = layer.weight.flatten(1).shape
+        if named and name not in rank:
+            return layer
+        r = left.pop(name) if named else rank
+        return factorize(layer, r) if named or r * (rows + columns) < rows * columns else layer
+
+    new = replace_layers(model, convert, doing="factorize")
+    if left:
+        raise ValueError(f"rank names no linear or convolution layer of the model: {sorted(left)}")
+    return new
