@@ -1,58 +1,127 @@
-"""Grids of experiments: method by level by seed, over processes or a cluster, with rows that outlive a killed run.
+"""Grids of experiments: method by level by seed, on any executor, with rows that outlive a killed run.
 
-Any ``concurrent.futures.Executor`` may do the work: processes of this machine by default, threads, or a cluster through
+The work may be done by processes of this machine (the default), by threads, or by a cluster through
 ``dask.distributed.Client(...).get_executor()``. Each finished cell is a file of its own, named by its content.
 """
 
-import tempfile
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import multiprocessing
+import operator
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib.lab.study_grid import Trial, distinct, make_grid
-from course_lib.lab.study_pool import Bench, StudyError, check_importable, worker_pool
-from course_lib.lab.study_run import Run
-from course_lib.lab.study_store import RowStore, identity, row_key
-from course_lib.lab.study_table import check_save, save_table, table
+from course_lib.files import source_hash, write_file
+from course_lib.lab.training import progress_bar
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["StudyError", "Trial", "make_grid", "read_rows", "run_study", "worker_pool"]
+__all__ = ["Trial", "make_grid", "run_study"]
+
+COLUMNS = ("method", "level", "seed", "error", "seconds")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of a grid: a method, how hard it presses, and a seed.
+
+    Attributes:
+        method: the name of a family, such as ``"magnitude"``.
+        level: what the method understands: a number, a word, ``None``, or a tuple or a frozen dataclass of them.
+        seed: a whole number of at least 0.
+        options: whatever else determines the result, pairs (name, value) sorted by name; a mapping is taken as well.
+
+    >>> trial = Trial("prune+share", (0.92, 4), seed=0, options={"model": "lenet300"})
+    >>> trial.options, trial == Trial("prune+share", (0.92, 4.0), 0, (("model", "lenet300"),))
+    ((('model', 'lenet300'),), True)
+    """
+
+    method: str
+    level: object
+    seed: int
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.method, str) or not self.method:
+            raise TypeError(f"method must be a name, got {self.method!r}")
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__") or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        options = dict(self.options)
+        if taken := [name for name in options if not isinstance(name, str) or name in COLUMNS]:
+            raise ValueError(f"an option needs a name other than {', '.join(COLUMNS)}, got {taken[0]!r}")
+        object.__setattr__(self, "level", _plain(self.level, "level"))
+        object.__setattr__(self, "seed", operator.index(self.seed))
+        object.__setattr__(self, "options", tuple((name, _plain(options[name], name)) for name in sorted(options)))
+
+    @property
+    def key(self) -> str:
+        """A sha256 of the content, the same in every process and on every machine."""
+        content = [self.method, self.level, self.seed, self.options]
+        return hashlib.sha256(json.dumps(_canonical(content)).encode()).hexdigest()
+
+
+def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -> list[Trial]:
+    """Every method at each of its levels with every seed.
+
+    Args:
+        levels: method -> its levels, each once; ``[None]`` for a method that has none.
+        seeds: whole numbers, each once.
+        options: given to every trial. To vary one, add grids together.
+
+    Raises:
+        TypeError, ValueError: something is empty, double, or of a kind that a trial cannot have.
+
+    >>> [(t.method, t.level, t.seed) for t in make_grid({"dense": [None], "int": [8, 4]}, seeds=[0])]
+    [('dense', None, 0), ('int', 8, 0), ('int', 4, 0)]
+    """
+    if not isinstance(levels, Mapping) or any(isinstance(given, str) for given in levels.values()):
+        raise TypeError(f"levels must map each method to a list of its levels, got {levels!r}")
+    seeds = list(seeds)
+    pairs = [(method, level) for method, given in levels.items() for level in given]
+    return _distinct([Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, seeds)])
 
 
 def run_study(
     grid: Iterable[Trial],
     executor: Executor | None = None,
     *,
-    work: Callable[[Trial], Mapping[str, object]] | None = None,
+    work: Callable[[Trial], Mapping[str, object]],
     folder: str | Path | None = None,
     name: str = "study",
     workers: int = 2,
-    progress: bool = False,
-    save: str | Path | None = None,
     version: str = "",
+    progress: bool = False,
 ) -> "pandas.DataFrame":
-    """Measure every cell of a grid; what was measured before, here or by a run beside this one, is not measured again.
+    """Measure every cell of a grid; what was measured before is not measured again.
 
-    A cell that raises, or that ends its worker again and again, is a row with its ``error``; the rest goes on. Where a
-    worker dies, the cells that were under way are tried again, each alone. Finished rows stay when the run is killed
-    or interrupted (Ctrl-C, SIGTERM), and the next run goes on there: it tries failed rows again, finished ones never.
+    A cell that raises is a row with its ``error``; the rest goes on. Where a worker dies, the cells that were under way
+    are tried once more, each alone. Finished rows stay when the run is killed, and the next run goes on there: it tries
+    failed rows again, finished ones never.
 
     Args:
         grid: distinct trials, as from :func:`make_grid`.
-        executor: who does the work; it stays open. ``None`` means ``workers`` processes with one torch thread each
-            (:func:`worker_pool` makes the same, to be kept for several runs). Threads use the caller's thread count.
-        work: ``work(trial)`` -> named numbers or texts. Processes must be able to import it by name: no lambda, and
-            nothing written in a notebook. ``None`` means ``course_lib.lab.families.measure_trial``.
-        folder: where rows are kept, under ``name``; runs that share it share rows. ``None``: nothing is kept.
-        name: letters, digits, '-' and '_'.
-        workers: processes where ``executor`` is ``None``, at least 1.
-        progress: show a bar with the time left if a person watches, never under ``CI`` or ``COURSE_UNATTENDED``.
-        save: a ``.csv`` or ``.parquet`` file to write the result to, in one piece.
+        executor: who does the work; it stays open. ``None`` means ``workers`` processes with one torch thread each.
+        work: ``work(trial)`` -> named numbers, texts or lists of them. Processes import it by name: no lambda, and
+            nothing written in a notebook.
+        folder: where rows are kept, under ``name``. ``None``: nothing is kept.
         version: what else the result depends on, such as the data set. Rows are kept under the trial, this text,
-            torch's version and the source of ``work``: its module and all that it imports from the same package.
+            torch's version and the source of ``work`` (its whole package).
+        progress: show a bar if a person watches.
 
     Returns:
         One row a trial in the grid's order: ``method, level, seed``, the options, the measured values, ``error``
@@ -60,51 +129,186 @@ def run_study(
 
     Raises:
         TypeError, ValueError: bad arguments, before anything has run.
-        StudyError: no worker can start, or ``work`` was not given and the course's is not there.
+        BrokenProcessPool: no worker can start; a script needs ``if __name__ == "__main__":`` around the call.
     """
-    import pandas  # noqa: F401  (before the first cell: a missing package must not cost the results)
+    import pandas
 
-    trials = distinct(list(grid))
-    work = _course_work() if work is None else work
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
-    if not isinstance(version, str):
-        raise TypeError(f"version must be a text, got {type(version).__name__}")
+    trials = _distinct(list(grid))
     if executor is not None and not isinstance(executor, Executor):
         hint = "; for dask, pass Client(...).get_executor()" if hasattr(executor, "get_executor") else ""
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}{hint}")
-    check_save(save)
-    salt = identity(work, version, kept=folder is not None)
+    if isinstance(workers, bool) or not hasattr(workers, "__index__") or workers < 1:
+        raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise ValueError(f"name must be letters, digits, '-' and '_', got {name!r}")
     if executor is None or isinstance(executor, ProcessPoolExecutor):
-        check_importable(work)
-    keys = [row_key(trial.key, salt) for trial in trials]
-    with tempfile.TemporaryDirectory() as scratch:
-        store = RowStore(scratch if folder is None else folder, name)
-        rows = Run(trials, keys, store, Bench(executor, workers), work, progress).finish()
-    frame = table(trials, rows)
-    if save is not None:
-        save_table(frame, Path(save))
-    return frame
+        _check_importable(work)
+    rows: dict[Trial, dict] = {}
+    paths: dict[Trial, Path] = {}
+    if folder is not None:
+        salt = _identity(work, version)
+        kept = Path(folder) / name
+        kept.mkdir(parents=True, exist_ok=True)
+        paths = {t: kept / f"{hashlib.sha256(f'{t.key} {salt}'.encode()).hexdigest()}.json" for t in trials}
+        rows = {trial: row for trial, path in paths.items() if (row := _read(path)) and row["error"] is None}
+    with progress_bar(len(trials), progress, "cells") as advance:
+
+        def record(trial: Trial, row: dict) -> None:
+            row = json.loads(json.dumps({"trial": str(trial), **row}))
+            if trial in paths:
+                write_file(paths[trial], json.dumps({"key": paths[trial].stem, **row}).encode())
+            rows[trial] = row
+            advance()
+
+        _measure([t for t in trials if t not in rows], work, executor, int(workers), record)
+    records = [
+        {"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options), **rows[t]["values"]}
+        | {"error": rows[t]["error"], "seconds": rows[t]["seconds"]}
+        for t in trials
+    ]
+    names = [n for n in dict.fromkeys(itertools.chain(*records)) if n not in COLUMNS]
+    return pandas.DataFrame(records, columns=[*COLUMNS[:3], *names, *COLUMNS[3:]])
 
 
-def read_rows(folder: str | Path, name: str = "study") -> "pandas.DataFrame":
-    """The rows that are there now, while a study runs or after it, sorted by method, level and seed.
+def _measure(trials: list[Trial], work: Callable, given: Executor | None, workers: int, record: Callable) -> None:
+    """Bring every trial to a row.
 
-    Where a cell was measured under several versions, the newest counts.
+    A future that fails (not: a cell whose work raised, which is a result) means that a worker died. Who was to blame
+    cannot be seen where several cells were under way, so each of them is tried again alone.
     """
-    newest = {}
-    for row in sorted(RowStore(folder, name).rows(), key=lambda row: row["recorded"]):
-        trial = Trial(**row["trial"])
-        newest[trial] = row
-    order = sorted(newest, key=lambda t: (t.method, isinstance(t.level, str), str(t.level), t.seed, t.key))
-    return table(order, [newest[trial] for trial in order])
-
-
-def _course_work() -> Callable:
+    todo, alone, tried = deque(trials), deque(), set()
+    flying, pool, broken = {}, given, False
     try:
-        from course_lib.lab.families import measure_trial
-    except ModuleNotFoundError as error:
-        if error.name != "course_lib.lab.families":
-            raise
-        raise StudyError("work was not given, and course_lib.lab.families is not there: pass work=...") from error
-    return measure_trial
+        while todo or alone or flying:
+            if broken and not flying:
+                if pool is given:
+                    warnings.warn("a worker died and broke the pool that was given; using another", stacklevel=3)
+                else:
+                    pool.shutdown()
+                pool, broken = None, False
+            if pool is None and not broken:
+                pool = _new_pool(workers)
+            # Few at a time, so that few are under suspicion when a worker dies.
+            room = 1 if alone else getattr(pool, "_max_workers", 1000)
+            while len(flying) < room and (alone or todo) and not broken:
+                trial = (alone or todo).popleft()
+                try:
+                    # The number of the attempt keeps a cluster from answering out of its memory.
+                    flying[pool.submit(_cell, work, trial, time.time_ns())] = trial
+                except BrokenExecutor:
+                    (alone if trial in tried else todo).appendleft(trial)
+                    broken = True
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                trial = flying.pop(future)
+                problem = CancelledError("given up") if future.cancelled() else future.exception()
+                broken |= isinstance(problem, BrokenExecutor)
+                if problem is None:
+                    record(trial, future.result())
+                elif trial in tried:
+                    record(trial, {"values": {}, "error": f"{type(problem).__name__}: {problem}", "seconds": None})
+                else:
+                    tried.add(trial)
+                    alone.append(trial)
+    finally:
+        for future in flying:
+            future.cancel()
+        if pool is not given and pool is not None:
+            for process in list((pool._processes or {}).values()) if flying else ():  # in the middle of a cell
+                process.kill()
+            pool.shutdown()
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+    pool.submit(os.getpid).result()  # where no worker can start, this says so before any cell is blamed
+    return pool
+
+
+def _start() -> None:
+    import torch
+
+    # Ctrl-C reaches a whole group of processes; what it means here, the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker whose parent was killed would wait for its next cell for ever.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _cell(work: Callable, trial: Trial, attempt: int) -> dict:
+    """One trial's row: its ``values``, or its ``error``, and its ``seconds``."""
+    started, values, error = time.perf_counter(), {}, None
+    try:
+        values = {name: _plain(value, name) for name, value in work(trial).items()}
+        json.dumps(values)
+        if taken := {*COLUMNS, *dict(trial.options)} & values.keys():
+            raise ValueError(f"work returned a value named {taken.pop()!r}, which is a column's name already")
+    except (Exception, SystemExit) as problem:
+        values, error = {}, f"{type(problem).__name__}: {problem}"
+    return {"values": values, "error": error, "seconds": time.perf_counter() - started}
+
+
+def _distinct(trials: list[Trial]) -> list[Trial]:
+    if not trials:
+        raise ValueError("the grid is empty: there is nothing to run")
+    seen = set()
+    for trial in trials:
+        if not isinstance(trial, Trial):
+            raise TypeError(f"a grid holds trials, got {trial!r}")
+        if trial in seen:
+            raise ValueError(f"the grid holds a cell twice: {trial}")
+        seen.add(trial)
+    return trials
+
+
+def _plain(value: object, where: str) -> object:
+    """numpy's and torch's numbers as Python's, lists as tuples; anything that a key cannot be made of is refused."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(part, where) for part in value)
+    if value is None or isinstance(value, (bool, int, float, str)) or (is_dataclass(value) and hash(value)):
+        return value
+    raise TypeError(f"{where} must be a number, a word, None, or a tuple or frozen dataclass of them, got {value!r}")
+
+
+def _canonical(value: object) -> object:
+    if is_dataclass(value):
+        return [type(value).__name__, {f.name: _canonical(getattr(value, f.name)) for f in fields(value)}]
+    if isinstance(value, (list, tuple)):
+        return [_canonical(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a trial's numbers must be finite, got {value}")
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 8 and 8.0 are one number
+
+
+def _check_importable(work: Callable) -> None:
+    main = sys.modules["__main__"]
+    try:
+        if getattr(work, "__module__", "") == "__main__" and not getattr(main, "__file__", None):
+            raise ValueError("it was written in a notebook or at the prompt")
+        pickle.dumps(work)
+    except Exception as error:
+        cure = "move it to the top of a .py file, or pass a ThreadPoolExecutor"
+        raise ValueError(f"worker processes cannot import work {work!r}: {error}; {cure}") from None
+
+
+def _identity(work: Callable, version: str) -> str:
+    """What besides the trial determines a row: the function, the source of its package, torch, the caller's word."""
+    import torch
+
+    if not inspect.isfunction(work) or work.__closure__:
+        raise ValueError(f"rows that are kept need a plain function that holds no variables, got {work!r}: use options")
+    file = getattr(sys.modules.get(work.__module__), "__file__", None)
+    root = getattr(sys.modules.get(work.__module__.partition(".")[0]), "__file__", None)
+    source = source_hash(root or file) if file else inspect.getsource(work)
+    return json.dumps([work.__module__, work.__qualname__, source, torch.__version__, version])
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(row, dict) and {"values", "error", "seconds"} <= row.keys() and row.get("key") == path.stem
+    return row if whole else None

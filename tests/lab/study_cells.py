@@ -41,52 +41,19 @@ def surroundings(trial):
 
     import torch
 
-    return {
-        "threads": torch.get_num_threads(),
-        "cache": os.environ.get("COURSE_CACHE"),
-        "deaf": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
-        "pid": os.getpid(),
-    }
-
-
-def refuses():
-    """What a worker should start with."""
-    raise RuntimeError("this worker does not want to start")
+    deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    return {"threads": torch.get_num_threads(), "cache": os.environ.get("COURSE_CACHE"), "deaf": deaf}
 
 
 def odd(trial):
-    """Returns what no row can hold, by method."""
+    """Returns what a row can and cannot hold, by method."""
     import numpy as np
     import torch
 
     return {
-        "list": [1],
-        "array": {"x": np.zeros(2)},
+        "object": {"x": object()},
         "taken": {"seed": 3},
         "option": {"width": 3},
-        "unnamed": {7: 3},
-        "scalars": {
-            "a": np.float32(0.5),
-            "b": torch.tensor(3),
-            "c": np.int64(4),
-            "d": True,
-            "e": None,
-            "f": float("nan"),
-        },
+        "none": None,
+        "good": {"a": np.float32(0.5), "b": torch.tensor(3), "c": np.arange(2), "d": True, "e": None, "f": [1, "x"]},
     }[trial.method]
-
-
-def training(trial):
-    """A small network trained for a third of a second or so: what a cell of a real grid does."""
-    import torch
-
-    from course_lib.lab.data import Split
-    from course_lib.lab.models import build_model
-    from course_lib.lab.training import TrainConfig, fit
-
-    started = time.process_time()
-    generator = torch.Generator().manual_seed(trial.seed)
-    images = torch.randn(1024, 1, 8, 8, generator=generator)
-    split = Split(images, (images.mean(dim=(1, 2, 3)) > 0).long())
-    history = fit(build_model("mlp128", (1, 8, 8), 2, seed=trial.seed), split, TrainConfig(epochs=trial.level))
-    return {"loss": history.train_loss[-1], "cpu": time.process_time() - started}

@@ -1,14 +1,37 @@
-import os
-import statistics
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+"""Grids of experiments: what is a cell, what a row, and what outlives a failure, a death and a kill."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import pandas
+import psutil
 import pytest
 import study_cells
 
-from course_lib.lab.study import StudyError, Trial, make_grid, read_rows, run_study, worker_pool
+from course_lib.lab.study import Trial, make_grid, run_study
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Level:
+    sparsity: float
+    bits: int = 4
+
+
+@dataclass(frozen=True)
+class Other:
+    sparsity: float
+    bits: int = 4
 
 
 @pytest.fixture
@@ -21,28 +44,95 @@ def lines(log):
     return log.read_text().splitlines() if log.exists() else []
 
 
+# Cells
+
+
+def test_a_cell_is_its_content():
+    a = Trial("m", np.float64(8.0), np.int64(3), {"b": 1, "a": np.float32(0.5)})
+    b = Trial("m", 8, 3, (("a", 0.5), ("b", 1)))
+    assert (a, hash(a), a.key) == (b, hash(b), b.key)
+    assert type(a.seed) is int
+    assert a.key == Trial("m", 8, 3, {"a": 0.5, "b": 1}).key
+
+
+def test_cells_that_differ_have_keys_that_differ():
+    levels = [None, 8, 8.5, "8", (8, 4), ((8,), 4), Level(8), Level(8, 3), Other(8), True]
+    trials = [Trial("m", level, 0) for level in levels]
+    trials += [Trial("n", 8, 0), Trial("m", 8, 1), Trial("m", 8, 0, {"a": 1}), Trial("m", 8, 0, {"a": 2})]
+    assert len({trial.key for trial in trials}) == len(trials)
+    code = "from course_lib.lab.study import Trial; print(Trial('m', (0.92, 4), 0, {'a': 1}).key)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == Trial("m", (0.92, 4), 0, {"a": 1}).key  # in another process
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", 1, 0), "method must be a name"),
+        (("m", 1, -1), "seed must be a whole number of at least 0, got -1"),
+        (("m", 1, True), "seed must be"),
+        (("m", 1, 1.5), "seed must be"),
+        (("m", {"a": 1}, 0), "level must be a number"),
+        (("m", object(), 0), "level must be a number"),
+        (("m", 1, 0, {"seed": 1}), "an option needs a name other than method, level, seed, error, seconds"),
+        (("m", 1, 0, {"a": [object()]}), "a must be a number"),
+    ],
+)
+def test_bad_cells_are_refused(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Trial(*arguments)
+    with pytest.raises(ValueError, match="must be finite"):
+        _ = Trial("m", float("nan"), 0).key
+
+
+def test_a_grid_is_every_level_with_every_seed():
+    grid = make_grid({"a": [Level(0.5)], "b": [1, (2, 3)]}, range(2), width=7)
+    assert [(t.method, t.level, t.seed) for t in grid] == [
+        ("a", Level(0.5), 0), ("a", Level(0.5), 1), ("b", 1, 0), ("b", 1, 1), ("b", (2, 3), 0), ("b", (2, 3), 1),
+    ]  # fmt: skip
+    assert {t.options for t in grid} == {(("width", 7),)}
+    for levels, seeds, message in (
+        ({}, [0], "grid is empty"),
+        ({"a": []}, [0], "grid is empty"),
+        ({"a": [1]}, [], "grid is empty"),
+        ({"a": "word"}, [0], "levels must map"),
+        (["a"], [0], "levels must map"),
+        ({"a": [1, 1.0]}, [0], "a cell twice"),
+        ({"a": [1]}, [0, 0], "a cell twice"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            make_grid(levels, seeds)
+
+
+# Rows
+
+
 def test_rows_come_in_the_order_of_the_grid(threads):
-    grid = make_grid({"late": [3], "soon": [1, 2]}, [0, 1])
+    grid = make_grid({"late": [3], "soon": [1, 2]}, [0, 1], width=5)
 
     def work(trial):
-        time.sleep(0.05 * trial.level)
+        time.sleep(0.03 * trial.level)
         return {"level_again": trial.level, trial.method: 1}
 
     frame = run_study(grid, threads, work=work)
-    assert [Trial(row.method, row.level, row.seed) for row in frame.itertuples()] == grid
-    assert list(frame) == ["method", "level", "seed", "level_again", "late", "soon", "error", "seconds"]
+    assert [Trial(row.method, row.level, row.seed, {"width": 5}) for row in frame.itertuples()] == grid
+    assert list(frame) == ["method", "level", "seed", "width", "level_again", "late", "soon", "error", "seconds"]
     assert frame.level_again.tolist() == [3, 3, 1, 1, 2, 2]
-    assert frame.seconds.between(0.05, 1.0).all()
-    assert frame.index.tolist() == list(range(6))
+    assert (frame.seconds >= 0.03).all()
 
 
-def test_processes_and_threads_find_the_same(threads):
-    grid = make_grid({"m": [1, 2.5]}, range(3))
-    expected = [2, 3, 4, 5, 6, 7]
-    for executor in (None, threads):
-        frame = run_study(grid, executor, work=study_cells.quick)
-        assert frame.double.tolist() == expected
-        assert set(frame.name) == {"m"}
+def test_what_a_row_holds(threads):
+    frame = run_study(
+        make_grid({m: [Level(1)] for m in ("good", "object", "taken", "none")}, [0]), threads, work=study_cells.odd
+    )
+    good = frame.iloc[0]
+    assert (good.level, good.a, good.b, good.d) == (Level(1), 0.5, 3, True)
+    assert (good.c, pandas.isna(good.e), good.f) == ([0, 1], True, [1, "x"])
+    assert frame.error[1].startswith("TypeError: x must be a number")
+    assert "seed" in frame.error[2]
+    assert frame.error[3].startswith("AttributeError")
+    option = run_study([Trial("option", 1, 0, {"width": 1})], threads, work=study_cells.odd)
+    assert "'width'" in option.error[0]
 
 
 def test_failing_cells_are_rows_and_are_tried_again_while_finished_ones_are_not(tmp_path, threads):
@@ -52,55 +142,49 @@ def test_failing_cells_are_rows_and_are_tried_again_while_finished_ones_are_not(
     first = run_study(grid, threads, work=study_cells.moody, folder=tmp_path)
     assert first.error[:4].tolist() == ["ValueError: no luck with 1"] * 2 + ["SystemExit: enough"] * 2
     assert first.error.isna().tolist() == [False] * 4 + [True] * 2
-    assert first.value[4:].tolist() == [0, 10]
     log.with_suffix(".bad").unlink()
     second = run_study(grid, threads, work=study_cells.moody, folder=tmp_path)
     assert second.error.isna().tolist() == [True, True, False, False, True, True]
-    tried = [tuple(line.split()[:3:2]) for line in lines(log)]
-    assert {tried.count(("well", str(seed))) for seed in (0, 1)} == {1}
-    assert {tried.count((method, str(seed))) for method in ("fails", "exits") for seed in (0, 1)} == {2}
+    tried = [line.split()[0] for line in lines(log)]
+    assert [tried.count(method) for method in ("fails", "exits", "well")] == [4, 4, 2]
     pandas.testing.assert_frame_equal(first[4:], second[4:])
 
 
-def test_all_that_is_known_needs_no_worker(tmp_path, threads, monkeypatch):
-    grid = make_grid({"m": [1]}, range(3), log=str(tmp_path / "log"))
-    first = run_study(grid, threads, work=study_cells.logged, folder=tmp_path, version="digits")
-    monkeypatch.setattr("course_lib.lab.study_pool._new_pool", None)
-    again = run_study(grid, work=study_cells.logged, folder=tmp_path, version="digits")
-    pandas.testing.assert_frame_equal(first, again)
-    assert len(lines(tmp_path / "log")) == 3
-    run_study(grid, threads, work=study_cells.logged, folder=tmp_path, version="mnist")
-    run_study(grid, threads, work=study_cells.logged, folder=tmp_path, name="other", version="digits")
-    run_study(grid, threads, work=study_cells.logged)
-    run_study(grid, threads, work=study_cells.logged)
-    assert len(lines(tmp_path / "log")) == 15
-
-
-def test_a_grown_grid_measures_what_is_new(tmp_path, threads):
-    log = str(tmp_path / "log")
-    small, large = (make_grid({"m": [1]}, range(n), log=log) for n in (2, 5))
-    run_study(small, threads, work=study_cells.logged, folder=tmp_path)
-    frame = run_study(large[::-1], threads, work=study_cells.logged, folder=tmp_path)
+def test_rows_are_kept_by_content(tmp_path, threads):
+    log = tmp_path / "log"
+    small, large = (make_grid({"m": [(1, 2)]}, range(n), log=str(log)) for n in (2, 5))
+    common = {"executor": threads, "work": study_cells.logged, "folder": tmp_path}
+    run_study(small, **common)
+    frame = run_study(large[::-1], **common)
     assert frame.value.tolist() == [40, 30, 20, 10, 0]
-    assert len(lines(tmp_path / "log")) == 5
+    assert len(lines(log)) == 5
+    torn = next((tmp_path / "study").glob("*.json"))
+    torn.write_text(torn.read_text()[:-9])
+    run_study(large, **common)
+    assert len(lines(log)) == 6
+    os.replace(torn, torn.with_stem("0" * 64))  # a row of another cell
+    torn.with_stem("0" * 64).rename(torn)
+    run_study(small, **common, version="mnist")
+    run_study(small, **common, name="other")
+    run_study(small, threads, work=study_cells.logged)
+    run_study(small, threads, work=study_cells.logged)
+    assert len(lines(log)) == 14
+    assert {path.suffix for path in (tmp_path / "study").iterdir()} == {".json"}
 
 
-def test_rows_can_be_read_by_anybody(tmp_path, threads):
-    assert read_rows(tmp_path).empty
-    grid = make_grid({"b": [2, 1], "a": [3]}, [1, 0], log=str(tmp_path / "log"))
-    for version in ("old", "new"):
-        run_study(grid, threads, work=study_cells.logged, folder=tmp_path, version=version)
-    frame = read_rows(tmp_path)
-    assert frame.method.tolist() == ["a"] * 2 + ["b"] * 4
-    assert frame.level.tolist() == [3, 3, 1, 1, 2, 2]
-    assert frame.seed.tolist() == [0, 1] * 3
-    assert frame.value.tolist() == [0, 10] * 3
+def test_a_changed_source_measures_anew(tmp_path, threads, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "some_work"
+    package.mkdir()
+    (package / "__init__.py").write_text("def work(trial):\n    return {'x': 1}\n")
+    (package / "helper.py").write_text("")
+    import some_work
 
-
-def test_the_result_is_saved(tmp_path, threads):
-    grid = make_grid({"m": [1, 2]}, [0])
-    frame = run_study(grid, threads, work=study_cells.quick, save=tmp_path / "a.csv")
-    assert pandas.read_csv(tmp_path / "a.csv").double.tolist() == frame.double.tolist() == [2, 4]
+    grid = make_grid({"m": [1]}, [0])
+    for change in ("", "# another line\n"):
+        (package / "helper.py").write_text(change)
+        run_study(grid, threads, work=some_work.work, folder=tmp_path)
+    assert len(list((tmp_path / "study").iterdir())) == 2
 
 
 class Client:
@@ -114,13 +198,13 @@ class Client:
         ({"grid": []}, "the grid is empty"),
         ({"grid": [("m", 1, 0)]}, "a grid holds trials, got "),
         ({"grid": [Trial("m", 1, 0), Trial("m", 1.0, 0)]}, "holds a cell twice"),
-        ({"work": "quick"}, "work must be a function of a trial, got 'quick'"),
         ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
-        ({"version": 3}, "version must be a text, got int"),
+        ({"workers": True}, "workers must be"),
         ({"name": "a/b"}, "name must be letters"),
+        ({"name": ""}, "name must be letters"),
         ({"executor": 2}, "executor must be a concurrent.futures.Executor, got int"),
         ({"executor": Client()}, r"got Client; for dask, pass Client\(...\).get_executor\(\)"),
-        ({"save": "a.json"}, "save must end in"),
+        ({"work": lambda trial: {}}, "worker processes cannot import work .*lambda"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, arguments, message):
@@ -130,46 +214,116 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path, arguments, mes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_work_the_course_measures(threads, monkeypatch):
-    grid = make_grid({"m": [1]}, [0])
-    module = type(sys)("course_lib.lab.families")
-    module.measure_trial = study_cells.quick
-    monkeypatch.setitem(sys.modules, "course_lib.lab.families", module)
-    assert run_study(grid, threads).double.tolist() == [2]
-    monkeypatch.setitem(sys.modules, "course_lib.lab.families", None)
-    with pytest.raises(StudyError, match=r"course_lib\.lab\.families is not there: pass work="):
-        run_study(grid, threads)
+def test_work_that_no_key_can_tell_apart_is_refused_where_rows_are_kept(tmp_path, threads):
+    held = 3
+    with pytest.raises(ValueError, match="a plain function that holds no variables"):
+        run_study(make_grid({"m": [1]}, [0]), threads, work=lambda t: {"x": held}, folder=tmp_path)
+    assert run_study(make_grid({"m": [1]}, [0]), threads, work=lambda t: {"x": held}).x.tolist() == [3]
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores of its own"
-)
-def test_two_processes_are_at_least_1_6_times_as_fast_as_one():
-    """Wall time of the same grid, in turns. Where something else has the cores, nothing can be said: a skip."""
-    rounds = []
-    with worker_pool(1) as one, worker_pool(2) as two:
-        measure(one, 2, 2)
-        measure(two, 4, 2)
-        epochs = max(1, round(0.3 / (measure(one, 2, 10)[1] / 10)))
-        for _ in range(3):
-            rounds.append((measure(one, 8, epochs), measure(two, 8, epochs)))
-            ratio = statistics.median(alone[0] / both[0] for alone, both in rounds)
-            if ratio >= 1.6:
-                break
-    print(f"two processes over one: {ratio:.2f}, rounds {len(rounds)}")
-    # How much longer a cell took beside another than alone: that is the machine's doing, not the study's.
-    slower = statistics.median(both[1] / alone[1] for alone, both in rounds)
-    assert ratio > 0.7 * 2 / slower
-    if ratio < 1.6 and slower > 1.1:
-        pytest.skip(f"a cell beside another took {slower:.2f} times as long: the cores are not free")
-    assert ratio >= 1.6
+# Workers
 
 
-def measure(pool, cells, epochs):
-    """Wall seconds of a grid, and the mean over its cells."""
-    grid = make_grid({"training": [epochs]}, range(cells))
-    started = time.perf_counter()
-    frame = run_study(grid, pool, work=study_cells.training)
-    wall = time.perf_counter() - started
-    assert frame.error.isna().all(), frame.error[0]
-    return wall, frame.seconds.mean()
+def test_workers_have_one_thread_and_our_environment_and_leave_ctrl_c_to_us(monkeypatch):
+    monkeypatch.setenv("COURSE_CACHE", "/somewhere/else")
+    frame = run_study(make_grid({"m": [None]}, range(4)), work=study_cells.surroundings)
+    assert (set(frame.threads), set(frame.cache), set(frame.deaf)) == ({1}, {"/somewhere/else"}, {True})
+
+
+def test_a_cell_that_kills_its_worker_is_a_row_and_costs_the_others_nothing(tmp_path):
+    log = tmp_path / "log"
+    grid = make_grid({"well": [1], "dies": [1], "also well": [1]}, range(2), log=str(log), pause=0.02)
+    frame = run_study(grid, work=study_cells.moody, folder=tmp_path)
+    deadly = frame.method == "dies"
+    assert frame.error[deadly].str.startswith("BrokenProcessPool: ").all()
+    assert frame.seconds[deadly].isna().all()
+    assert frame.value[~deadly].tolist() == [0, 10, 0, 10]
+    assert frame.error[~deadly].isna().all()
+    tries = [tuple(line.split()[:3]) for line in lines(log)]
+    assert [tries.count(("dies", "1", str(seed))) for seed in range(2)] == [2, 2]
+    once = run_study(make_grid({"dies_once": [1]}, [0], log=str(log)), work=study_cells.moody, workers=1)
+    assert once.value.tolist() == [0]
+
+
+def test_a_pool_that_was_given_and_broke_is_replaced(tmp_path):
+    with ProcessPoolExecutor(1) as given:
+        given.submit(os.getpid).result()
+        os.kill(next(iter(given._processes)), signal.SIGKILL)
+        with pytest.warns(UserWarning, match="broke the pool that was given"):
+            frame = run_study(make_grid({"m": [1]}, range(3)), given, work=study_cells.quick)
+    assert frame.double.tolist() == [2, 3, 4]
+
+
+SCRIPT = """
+import sys
+import study_cells
+from course_lib.lab.study import make_grid, run_study
+if __name__ == "__main__":
+    grid = make_grid({"m": [1]}, range(12), log=sys.argv[2], pause=0.15)
+    run_study(grid, work=study_cells.logged, folder=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_goes_on_without_repeating_a_finished_cell(tmp_path, number):
+    log, script = tmp_path / "log", tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), str(log)],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,
+        # Whoever started the tests may have told them to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    kept = tmp_path / "study"
+    try:
+        until(lambda: kept.is_dir() and len(list(kept.glob("*.json"))) >= 4)
+    finally:
+        process.send_signal(number)
+        process.wait()
+    workers = {int(line.split()[3]) for line in lines(log)}
+    until(lambda: not any(alive(pid) for pid in workers))
+    finished, begun = len(list(kept.glob("*.json"))), len(lines(log))
+    assert 4 <= finished <= begun < 12
+    assert begun - finished <= 3
+    with ThreadPoolExecutor(4) as threads:
+        grid = make_grid({"m": [1]}, range(12), log=str(log), pause=0.15)
+        frame = run_study(grid, threads, work=study_cells.logged, folder=tmp_path)
+    assert frame.value.tolist() == [10 * seed for seed in range(12)]
+    assert len(lines(log)) == begun + 12 - finished
+
+
+def test_an_interrupted_run_does_not_wait_for_long_cells(tmp_path):
+    log = tmp_path / "log"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt():
+        until(lambda: len(lines(log)) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(make_grid({"m": [1]}, range(2), log=str(log), pause=60), work=study_cells.logged)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    watcher.join()
+    assert time.monotonic() - started < 40
+    until(lambda: not any(alive(int(line.split()[3])) for line in lines(log)))
+
+
+def until(condition, seconds=40):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -10,7 +10,6 @@ import pytest
 import study_cells
 
 from course_lib.lab.study import make_grid, run_study
-from course_lib.lab.study_pool import Bench
 
 distributed = pytest.importorskip("distributed")
 
@@ -31,7 +30,6 @@ def client():
 def test_a_cluster_measures_a_grid(client, tmp_path):
     executor = client.get_executor()
     assert isinstance(executor, Executor)
-    assert Bench(executor, 7).window == 3
     log = tmp_path / "log"
     grid = make_grid({"fails": [1], "well": [1]}, range(6), log=str(log), pause=0.05)
     log.with_suffix(".bad").touch()
