@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,11 +67,17 @@ def _covers() -> str:
     return COVERS[-1] if COVERS else ""
 
 
-class Source(str):
+@dataclass(frozen=True)
+class Source:
     """Python source that shows itself as a highlighted block in a notebook."""
 
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        return {"text/markdown": f"```python\n{self}\n```", "text/plain": str(self)}
+        return {"text/markdown": f"```python\n{self.text}\n```", "text/plain": self.text}
 
 
 def show_source(function: Callable) -> Source:

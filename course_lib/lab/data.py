@@ -205,7 +205,8 @@ def load_replicas(
     if replicas < 1:
         raise ValueError(f"replicas must be at least 1, got {replicas}")
     raw = _raw(name, root, download)
-    rest, val = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), _held_out(raw, name, root), seed)
+    # One validation set for every seed, too: what is common to all replicas cannot be covered by their interval.
+    rest, val = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), _held_out(raw, name, root), 0)
     mean, std = _channel_statistics(raw.train_images[val], raw.scale)
     pool = _split(raw.train_images, raw.train_labels, raw.scale, mean, std)
     fixed = len(raw.test_labels) > 0

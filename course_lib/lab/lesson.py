@@ -3,6 +3,7 @@
 import difflib
 
 import numpy as np
+import torch
 
 from course_lib.evidence.claims import Claim, Ledger
 from course_lib.evidence.plots import use_style
@@ -56,6 +57,7 @@ class Lesson:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")
         use_threads(threads)
         use_style()
+        torch.manual_seed(int(seed))
         count = (replicas if dataset == "digits" else min(replicas, 8)) * (2 if profile == "full" else 1)
         limit = {} if profile == "quick" else {"most": None}
         self.number, self.dataset, self.profile, self.seed = number, dataset, profile, int(seed)
