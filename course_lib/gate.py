@@ -24,7 +24,6 @@ __all__ = [
     "check_model",
     "computed",
     "copy_model",
-    "count_of",
     "eval_mode",
     "new_like",
     "own_forward",
@@ -32,6 +31,7 @@ __all__ = [
     "replace_layers",
     "share_of",
     "weight_layers",
+    "whole_number",
 ]
 
 
@@ -44,12 +44,13 @@ def share_of(value: float, name: str) -> float:
     return float(value)
 
 
-def count_of(value: int, name: str, least: int = 1) -> int:
-    """``value`` as an int, if it is a whole number (numpy's count, bools do not) of at least ``least``."""
+def whole_number(value: int, name: str, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an int within [least, most]; integers of NumPy are welcome, bools are not."""
+    fits = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if operator.index(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise TypeError(f"{name} must be {fits}, got {value!r}")
+    if not least <= operator.index(value) <= (value if most is None else most):
+        raise ValueError(f"{name} must be {fits}, got {value}")
     return operator.index(value)
 
 
@@ -61,9 +62,9 @@ def real_tensor(value: Tensor, name: str, *, finite: bool = True) -> Tensor:
         raise TypeError(f"{name} must hold real numbers, got dtype {value.dtype}, shape {tuple(value.shape)}")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(value.shape)}")
-    value = value.detach().to(
-        torch.promote_types(value.dtype, torch.float32 if value.is_floating_point() else torch.double)
-    )
+    if value.dtype not in (torch.float32, torch.float64):
+        value = value.to(torch.float32 if value.is_floating_point() else torch.float64)
+    value = value.detach()
     if bad := int((~value.isfinite() if finite else value.isnan()).sum()):
         kind = "NaN or infinite" if finite else "NaN"
         raise ValueError(f"{name} has {bad} {kind} entries of {value.numel()}, shape {tuple(value.shape)}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from course_lib.gate import UnsupportedModel, count_of, own_forward, real_tensor, replace_layers
+from course_lib.gate import UnsupportedModel, own_forward, real_tensor, replace_layers, whole_number
 
 __all__ = ["factorize", "rank_for_bytes"]
 
@@ -57,8 +57,7 @@ def _matrix(layer: nn.Linear | nn.Conv2d, rank: int) -> torch.Tensor:
     matrix = real_tensor(layer.weight, "weight").flatten(1)
     if getattr(layer, "groups", 1) > 1 or own_forward(layer):
         raise UnsupportedModel(f"cannot factorize {layer}: a layer without groups and a forward of its own is needed")
-    if count_of(rank, "rank") > min(matrix.shape):
-        raise ValueError(f"rank must be at most {min(matrix.shape)}, for a weight of {tuple(matrix.shape)}, got {rank}")
+    whole_number(rank, f"rank of a weight {tuple(matrix.shape)}", 1, min(matrix.shape))
     return matrix
 
 

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import UnsupportedModel, computed, count_of, real_tensor, share_of
+from course_lib.gate import UnsupportedModel, computed, real_tensor, share_of, whole_number
 from course_lib.methods.surgery import CouplingError, remove_neurons
 
 __all__ = [
@@ -94,7 +94,7 @@ def random_score(weight: Tensor, *, seed: int = 0) -> Tensor:
 
     The same shape and seed give the same score; torch's global generator is left as it was.
     """
-    generator = torch.Generator().manual_seed(count_of(seed, "seed", 0))
+    generator = torch.Generator().manual_seed(whole_number(seed, "seed", 0))
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
@@ -179,8 +179,7 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def _check_groups(score: Tensor, n: int, m: int) -> tuple[Tensor, int]:
-    if count_of(n, "n", 0) > count_of(m, "m", 0) or n == 0:
-        raise ValueError(f"n:m needs 1 <= n <= m, got {n}:{m}")
+    whole_number(n, f"n of {n}:{m}", 1, whole_number(m, "m"))
     score = real_tensor(score, "score", finite=False)
     dim = min(1, score.dim() - 1)
     if dim < 0 or score.shape[dim] % m:
@@ -193,7 +192,7 @@ def _check_groups(score: Tensor, n: int, m: int) -> tuple[Tensor, int]:
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What pruning may touch: every matrix or kernel called weight, of linear, convolution, recurrent, attention layers.
+    """What pruning may touch: matrices and kernels called weight, of linear, convolution, recurrent, attention layers.
 
     Biases, normalisation layers and embeddings stay whole. A weight that several layers share appears once, under the
     name that ``model.named_parameters()`` gives it.
@@ -307,7 +306,7 @@ def apply_masks_(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Te
             close = ", ".join(get_close_matches(str(name), list(parameters), n=3, cutoff=0.4)) or "none"
             raise ValueError(f"no parameter is called {name!r}; the closest: {close} (a frozen one has no step)")
         if getattr(mask, "dtype", None) is not torch.bool:
-            given = getattr(mask, "dtype", type(mask).__name__)
+            given = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"the mask of {name!r} must be a bool tensor, got {given}")
         shape = tuple(parameters[name].shape)
         if mask.shape != shape and (single or len(shape) < 3 or mask.shape != shape[1:]):
@@ -374,7 +373,7 @@ class GradualPruning:
         weights = prunable_weights(model)
         make_masks(weights, final, **options)  # whatever does not fit is said before the training starts
         self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.final, self.steps, self.every = final, count_of(steps, "steps"), count_of(every, "every")
+        self.final, self.steps, self.every = final, whole_number(steps, "steps"), whole_number(every, "every")
         self.options, self.masks = options, {}
 
     def __call__(self, parameters: Mapping[str, Tensor], step: int) -> None:

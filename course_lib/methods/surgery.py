@@ -131,12 +131,15 @@ _ELEMENTWISE = (
 )
 # Functions and methods by name, with or without the underscore of working in place.
 _POOL_NAMES = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)}
-_ELEMENTWISE_NAMES = set(
-    "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid logsigmoid tanh hardtanh hardsigmoid hardswish softplus "
-    "softsign clamp clip abs neg square sqrt exp erf dropout dropout1d dropout2d dropout3d alpha_dropout contiguous "
-    "clone detach float half double".split()
-)
-_BINARY_NAMES = set("add iadd sub isub mul imul truediv itruediv div pow maximum minimum".split())
+_ELEMENTWISE_NAMES = {
+    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "tanh"),
+    *("hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "clamp", "clip", "abs", "neg", "square", "sqrt"),
+    *("exp", "erf", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "contiguous", "clone", "detach"),
+    *("float", "half", "double"),
+}
+_BINARY_NAMES = {
+    *("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div", "pow", "maximum", "minimum"),
+}
 
 
 class _Reader:
@@ -324,7 +327,7 @@ def _find_layer(model: nn.Module, layer_name: str) -> nn.Module:
     try:
         check_model(model, "remove neurons from")
     except UnsupportedModel as error:
-        raise CouplingError(layer_name, str(error)) from error
+        raise CouplingError(layer_name, str(error).removeprefix("cannot remove neurons from ")) from error
     modules = dict(model.named_modules())
     fits = [name for name, module in modules.items() if isinstance(module, (nn.Linear, *_CONVS))]
     if layer_name not in modules:
@@ -363,7 +366,7 @@ def _indices(keep: Tensor | Sequence[int] | Sequence[bool], size: int, layer_nam
 
 
 def _cut(module: nn.Module, dim: int, index: Tensor) -> None:
-    """Keep the entries ``index`` of a module's outputs or per-neuron vectors (``dim`` 0) or of its inputs (``dim`` 1)."""
+    """Keep the entries ``index`` of a module's outputs and per-neuron vectors (``dim`` 0) or of its inputs (1)."""
     for name in ("weight", "bias", "running_mean", "running_var") if dim == 0 else ("weight",):
         tensor = getattr(module, name, None)
         if tensor is not None:
