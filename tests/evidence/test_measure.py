@@ -1,10 +1,23 @@
+import time
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from course_lib.evidence import measure
-from course_lib.evidence.measure import count_macs, count_parameters, human_bytes, sparsity, stored_bytes
+from course_lib.evidence.measure import (
+    Latency,
+    LatencyTable,
+    compare_latency,
+    count_macs,
+    count_parameters,
+    export_onnx,
+    onnx_session,
+    sparsity,
+    stored_bytes,
+)
+from course_lib.gate import UnsupportedModel
 from course_lib.lab.models import build_model
 
 
@@ -72,15 +85,75 @@ def test_counting_changes_nothing():
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("shape", [(), (0, 8, 8), (1, 8.0, 8)])
+class Net(nn.Module):
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.weight, self.vector = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+        self.compute = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.compute(self, x)
+
+
+def recurrent(kind, **options):
+    return Net(lambda net, x: net.rnn(x)[0], rnn=kind(8, 16, batch_first=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "by_hand"),
+    [
+        (recurrent(nn.LSTM), (10, 8), 10 * 4 * (8 + 16) * 16),
+        (recurrent(nn.LSTM, num_layers=2, bidirectional=True), (10, 8), 2 * 10 * 4 * 16 * ((8 + 16) + (32 + 16))),
+        (recurrent(nn.GRU), (10, 8), 10 * 3 * (8 + 16) * 16),
+        (recurrent(nn.RNN), (10, 8), 10 * (8 + 16) * 16),
+        (nn.LSTMCell(8, 16), (8,), 4 * (8 + 16) * 16),
+        (Net(lambda net, x: net.pair(x, x), pair=nn.Bilinear(4, 4, 5)), (4,), 80),
+        (Net(lambda net, x: net.pair(x, x), pair=nn.Bilinear(4, 4, 5)), (3, 4), 240),
+        (Net(lambda net, x: torch.einsum("bi,ij,bj->b", x, net.weight, x)), (4,), 16 + 4),
+        (nn.ConvTranspose2d(2, 3, 3), (2, 5, 5), 25 * 2 * 3 * 9),
+        (nn.Conv1d(2, 3, 3), (2, 5), 3 * 2 * 3 * 3),
+        (nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), torch.zeros(3, 5, dtype=torch.long), 5 * 8),
+        (nn.Linear(8, 2).half(), np.array([8]), 16),
+        (nn.Linear(8, 2), (np.int64(8),), 16),
+        (torch.compile(nn.Linear(8, 2)), (8,), 16),
+        (nn.ReLU(), (4,), 0),
+        # Element-wise work, looking up and joining are no multiply-accumulates, also where a parameter takes part.
+        (Net(lambda net, x: torch.cat([x * net.vector, net.weight])), (4,), 0),
+        (nn.Sequential(nn.PReLU(4), nn.LayerNorm((4, 4)), nn.BatchNorm1d(4), nn.GroupNorm(2, 4)), (4, 4), 0),
+    ],
+)
+def test_macs_by_hand(model, shape, by_hand):
+    assert count_macs(model, shape) == by_hand
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize(
+    ("forward", "operator", "weight"),
+    [
+        (lambda net, x: torch.mv(net.weight, x[0]), "aten::mv", "weight"),
+        (lambda net, x: torch.dot(net.vector, x[0]), "aten::dot", "vector"),
+        (lambda net, x: torch.cdist(x, net.weight), "aten::_cdist_forward", "weight"),
+    ],
+)
+def test_an_operator_that_nobody_counts_is_refused_by_name(forward, operator, weight):
+    with pytest.raises(UnsupportedModel, match=f"{operator}, which applies {weight}"):
+        count_macs(Net(forward), (4,))
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("shape", [(), (0, 8, 8), (1, 8.0, 8), (True,)])
 def test_bad_shapes_are_named(shape):
-    with pytest.raises(ValueError, match="positive integers"):
+    with pytest.raises((TypeError, ValueError), match="input_shape must be"):
         count_macs(nn.Linear(4, 2), shape)
 
 
 def test_a_shape_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"does not take an input of shape \(1, 5\)"):
         count_macs(nn.Linear(4, 2), (5,))
+    with pytest.raises(ValueError, match=r"shape \(1, 4\): .*input2"):
+        count_macs(nn.Bilinear(4, 4, 5), (4,))
 
 
 def test_bytes_are_those_of_a_file(tmp_path):
@@ -114,8 +187,77 @@ def test_a_file_that_reads_back_differently_is_an_error(monkeypatch):
         stored_bytes(nn.Linear(2, 2))
 
 
-def test_human_bytes():
-    assert human_bytes(27_000) == "27.0 kB"
-    with pytest.raises(ValueError, match="number of bytes"):
-        human_bytes(-1)
-    assert set(measure.__all__) >= {"compare_latency", "export_onnx"}
+# Latency
+
+EXAMPLE = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    model = build_model("cnn_teacher", (1, 8, 8), 10, seed=0)
+    return model, export_onnx(model, EXAMPLE[:1], tmp_path_factory.mktemp("onnx") / "m.onnx")
+
+
+def test_the_exported_network_gives_the_same_logits_at_any_batch(teacher_file):
+    model, path = teacher_file
+    assert model.training
+    session = onnx_session(path)
+    for images in (EXAMPLE, EXAMPLE[:1]):
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        np.testing.assert_allclose(logits, model.eval()(images).detach().numpy(), rtol=1e-4, atol=1e-5)
+    model.train()
+    assert [p.name for p in path.parent.iterdir()] == ["m.onnx"]
+
+
+def test_a_slower_variant_is_seen_as_slower(teacher_file):
+    _, path = teacher_file
+    threads = torch.get_num_threads()
+    table = compare_latency(
+        {"small": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "file": path},
+        EXAMPLE,
+        rounds=3,
+        warmup=1,
+        sample_seconds=0.001,
+    )
+    assert list(table) == ["small", "file"]
+    ratio = table.ratio("file", "small")
+    assert ratio.mean > 3
+    assert ratio.low <= ratio.mean <= ratio.high
+    assert torch.get_num_threads() == threads
+
+
+def test_variants_are_timed_in_turn():
+    calls = []
+    variants = {name: (lambda x, name=name: calls.append(name) or time.sleep(0.002)) for name in "ab"}
+    compare_latency(variants, EXAMPLE, rounds=4, warmup=0, sample_seconds=1e-9)
+    assert "".join(calls[-8:]) == "abbaabba"
+
+
+def test_figures():
+    table = LatencyTable(a=Latency((2.0, 4.0, 8.0)), b=Latency((1.0, 2.0, 4.0)))
+    assert table["a"].median == 4.0
+    assert table["a"].quartiles == (3.0, 6.0)
+    assert table.ratio("a", "b").mean == pytest.approx(2.0)
+    assert table.ratio("a", "b") > 1.9
+    assert table.ratio("a", "b").unit == "×"
+    uneven = LatencyTable(a=Latency((1.0, 4.0)), b=Latency((1.0, 1.0))).ratio("a", "b")
+    assert uneven.mean == pytest.approx(2.0)  # the geometric mean
+    assert uneven.low * uneven.high == pytest.approx(4.0)
+    assert uneven.n == 2
+    assert str(table["b"]) == "2,000,000 µs (1,500,000–3,000,000)"
+    with pytest.raises(KeyError, match="no variant 'c'; measured were a, b"):
+        table.ratio("a", "c")
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ValueError, match="variants is empty"):
+        compare_latency({}, EXAMPLE)
+    with pytest.raises(ValueError, match="rounds must be an integer of at least 2"):
+        compare_latency({"a": len}, EXAMPLE, rounds=1)
+    with pytest.raises(ValueError, match="gone: there is no file"):
+        compare_latency({"gone": tmp_path / "gone.onnx"}, EXAMPLE)
+    with pytest.raises(TypeError, match="three: cannot time a int"):
+        compare_latency({"three": 3}, EXAMPLE)
+    for name, value in (("threads", 0), ("warmup", -1), ("rounds", 1.5)):
+        with pytest.raises((TypeError, ValueError), match=name):
+            compare_latency({"a": len}, EXAMPLE, **{name: value})
