@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import new_like, replace_layers
-from course_lib.methods.quantization import check_real, naming, whole_number
+from course_lib.gate import new_like, replace_layers, whole_number
+from course_lib.methods.quantization import check_real, naming
 from course_lib.methods.quantized_layers import MadeWeight, bits_by_layer, plain, refuse_made
 
 __all__ = ["Codebook", "SharedConv2d", "SharedLinear", "kmeans_codebook", "plain", "share_weights"]

@@ -8,21 +8,35 @@ and the one real number left, s_x s_w / s_y, is a 31-bit integer times a power o
 integers alone; the only floats are in the grids that describe them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from course_lib.methods.quantization import QuantParams, check_real, choose_qparams, quantize
+from course_lib.gate import UnsupportedModel
+from course_lib.methods.quantization import (
+    QuantParams,
+    check_integers,
+    check_real,
+    choose_qparams,
+    dequantize,
+    naming,
+    quantize,
+)
+from course_lib.methods.quantized_layers import calibrate, fold_batchnorm
 
 __all__ = [
     "FixedPoint",
     "IntegerLayer",
+    "IntegerNetwork",
+    "Pool",
     "fixed_point",
     "integer_conv2d",
     "integer_layer",
     "integer_linear",
     "integer_max_pool2d",
+    "integer_network",
     "quantize_bias",
     "requantize",
 ]
@@ -46,18 +60,15 @@ def fixed_point(real: Tensor) -> FixedPoint:
     0.25
     """
     real = torch.as_tensor(real, dtype=torch.float64)
-    if not bool((torch.isfinite(real) & (real > 0)).all()):
-        raise ValueError(f"a fixed-point number here must be positive and finite, got {real.tolist()}")
+    if not bool((torch.isfinite(real) & (real > 0) & (real < INT32_MAX)).all()):
+        raise ValueError(f"a rescaling factor must be above 0 and below 2^31, got {real.tolist()}")
     mantissa, exponent = torch.frexp(real)
     multiplier = (mantissa * 2**31).round().to(torch.int64)
     # Rounding up may reach 2^31, one bit too long.
     full = multiplier == 2**31
-    multiplier, exponent = torch.where(full, multiplier // 2, multiplier), exponent + full
-    shift = 31 - exponent.to(torch.int64)
-    if bool((shift < 0).any()):
-        raise ValueError(f"a rescaling factor of {real.max().item():g} is too large: the output's grid is far too fine")
+    multiplier, exponent = torch.where(full, 2**30, multiplier), exponent.to(torch.int64) + full
     # Beyond 62 places any product of 62 bits is rounded to 0 or to one step.
-    return FixedPoint(multiplier, shift.clamp(max=62))
+    return FixedPoint(multiplier, (31 - exponent).clamp(max=62))
 
 
 def requantize(accumulator: Tensor, factor: FixedPoint, q: QuantParams) -> Tensor:
@@ -73,29 +84,14 @@ def requantize(accumulator: Tensor, factor: FixedPoint, q: QuantParams) -> Tenso
     """
     if accumulator.is_floating_point() or accumulator.is_complex():
         raise TypeError(f"accumulator must hold integers, got {accumulator.dtype}")
-    product = accumulator.to(torch.int64) * factor.multiplier
-    half = torch.where(factor.shift > 0, torch.ones_like(factor.shift) << (factor.shift - 1).clamp(min=0), 0)
-    return (((product + half) >> factor.shift) + q.zero_point).clamp(q.qmin, q.qmax).to(q.dtype)
+    half = torch.ones_like(factor.shift) << factor.shift >> 1
+    shifted = (accumulator.to(torch.int64) * factor.multiplier + half) >> factor.shift
+    return (shifted + q.zero_point).clamp(q.qmin, q.qmax).to(q.dtype)
 
 
 def centred(xq: Tensor, q: QuantParams, name: str) -> Tensor:
     """``xq - zero_point`` in int32."""
-    if not isinstance(xq, Tensor) or xq.is_floating_point() or xq.is_complex():
-        kind = xq.dtype if isinstance(xq, Tensor) else type(xq).__name__
-        raise TypeError(f"{name} must be a tensor of integers, as quantize() returns it, got {kind}")
-    return xq.to(torch.int32) - q.shaped_for(xq)[1]
-
-
-def check_fits(terms: int, x_q: QuantParams, w_q: QuantParams, bias: Tensor | None) -> None:
-    """Refuse sums that an int32 accumulator could not hold in the worst case."""
-    largest_x = max(q - z for q, z in ((x_q.qmax, int(x_q.zero_point.min())), (-x_q.qmin, -int(x_q.zero_point.max()))))
-    largest_w = max(q - z for q, z in ((w_q.qmax, int(w_q.zero_point.min())), (-w_q.qmin, -int(w_q.zero_point.max()))))
-    worst = terms * largest_x * largest_w + (int(bias.abs().max()) if bias is not None and bias.numel() else 0)
-    if worst > INT32_MAX:
-        raise ValueError(
-            f"a sum of {terms} products of up to {largest_x} × {largest_w}, bias included, can reach {worst}: "
-            f"more than int32 holds ({INT32_MAX})"
-        )
+    return (check_integers(xq, name, q) - q.shaped_for(xq)[1]).to(torch.int32)
 
 
 def quantize_bias(bias: Tensor, x_q: QuantParams, w_q: QuantParams) -> Tensor:
@@ -104,14 +100,38 @@ def quantize_bias(bias: Tensor, x_q: QuantParams, w_q: QuantParams) -> Tensor:
     Raises:
         ValueError: NaN or infinite values, or a bias so large against s_x s_w that int32 cannot hold it.
     """
-    check_real(bias, "bias", empty=True)
-    counts = (bias.detach().double() / (x_q.scale.double() * w_q.scale.double())).round()
-    if counts.numel() and bool((counts.abs() > INT32_MAX).any()):
+    steps = (check_real(bias, "bias", empty=True).double() / (x_q.scale.double() * w_q.scale.double())).round()
+    if bool((steps.abs() > INT32_MAX).any()):
         raise ValueError(
-            f"a bias of {bias.abs().max().item():g} is {counts.abs().max().item():.3g} steps of the accumulator: "
+            f"a bias of {bias.abs().max().item():g} is {steps.abs().max().item():.3g} steps of the accumulator: "
             "more than int32 holds; the weights' or the input's scale is too small"
         )
-    return counts.to(torch.int32)
+    return steps.to(torch.int32)
+
+
+def check_layer(x: Tensor, x_q: QuantParams, w: Tensor, w_q: QuantParams, bias: Tensor | None, y_q: QuantParams):
+    """Refuse grids and shapes that do not fit, and sums that an int32 accumulator could not hold in the worst case."""
+    if x_q.axis is not None or y_q.axis is not None or w_q.axis not in (None, 0) or w_q.group or x_q.group or y_q.group:
+        raise ValueError(
+            "inputs and outputs need one scale, weights one or one an output channel (axis 0); "
+            f"got axes {x_q.axis}, {y_q.axis} and {w_q.axis}, groups {x_q.group}, {y_q.group} and {w_q.group}"
+        )
+    if x.dim() != w.dim() or x.shape[1] != w.shape[1]:
+        need = "inputs [N, I] and weights [O, I]" if w.dim() == 2 else "inputs [N, C, H, W] and weights [O, C, kh, kw]"
+        raise ValueError(f"{need} are needed, got {tuple(x.shape)} and {tuple(w.shape)}")
+    reach = [max(q.qmax - int(q.zero_point.min()), int(q.zero_point.max()) - q.qmin) for q in (x_q, w_q)]
+    terms = w[0].numel()
+    worst = terms * reach[0] * reach[1] + (int(bias.abs().max()) if bias is not None and bias.numel() else 0)
+    if worst > INT32_MAX:
+        raise ValueError(
+            f"a sum of {terms} products of up to {reach[0]} × {reach[1]}, bias included, can reach {worst}: "
+            f"more than int32 holds ({INT32_MAX})"
+        )
+
+
+def rescaling(x_q: QuantParams, w_q: QuantParams, y_q: QuantParams) -> FixedPoint:
+    """s_x s_w / s_y, a number in all or one an output channel."""
+    return fixed_point(x_q.scale.double() * w_q.scale.double() / y_q.scale.double())
 
 
 def integer_linear(
@@ -131,31 +151,16 @@ def integer_linear(
     Raises:
         TypeError: floating-point inputs. ValueError: shapes that do not fit, sums that int32 might not hold.
     """
-    check_grids(x_q, w_q, y_q)
-    if xq.dim() != 2 or wq.dim() != 2 or xq.shape[1] != wq.shape[1]:
-        raise ValueError(f"inputs [N, I] and weights [O, I] are needed, got {tuple(xq.shape)} and {tuple(wq.shape)}")
-    check_fits(wq.shape[1], x_q, w_q, bias)
+    check_layer(xq, x_q, wq, w_q, bias, y_q)
     accumulator = centred(xq, x_q, "xq") @ centred(wq, w_q, "wq").T
     if bias is not None:
         accumulator = accumulator + bias
     return requantize(accumulator, rescaling(x_q, w_q, y_q), y_q)
 
 
-def check_grids(x_q: QuantParams, w_q: QuantParams, y_q: QuantParams) -> None:
-    if x_q.axis is not None or y_q.axis is not None or w_q.axis not in (None, 0):
-        raise ValueError(
-            "inputs and outputs need one scale, weights one or one an output channel (axis 0); "
-            f"got axes {x_q.axis}, {y_q.axis} and {w_q.axis}"
-        )
-
-
-def rescaling(x_q: QuantParams, w_q: QuantParams, y_q: QuantParams) -> FixedPoint:
-    return fixed_point(x_q.scale.double() * w_q.scale.double() / y_q.scale.double())
-
-
 def windows(xq: Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], fill: int) -> Tensor:
     """All windows of a feature map [N, C, H, W], the border filled with ``fill``: [N, C, H', W', kh, kw]."""
-    padded = torch.nn.functional.pad(xq, (padding[1], padding[1], padding[0], padding[0]), value=fill)
+    padded = nn.functional.pad(xq, (padding[1], padding[1], padding[0], padding[0]), value=fill)
     if padded.shape[2] < size[0] or padded.shape[3] < size[1]:
         raise ValueError(f"a window of {size} does not fit into {tuple(padded.shape[2:])} padded pixels")
     return padded.unfold(2, size[0], stride[0]).unfold(3, size[1], stride[1])
@@ -175,23 +180,16 @@ def integer_conv2d(
     """A convolution on integers: inputs [N, C, H, W], weights [O, C, kh, kw] → [N, O, H', W'].
 
     The border is padded with the input's zero point, the integer that stands for 0.0. Otherwise as
-    :func:`integer_linear`.
+    :func:`integer_linear`: each window is one of its inputs.
     """
-    check_grids(x_q, w_q, y_q)
-    if xq.dim() != 4 or wq.dim() != 4 or xq.shape[1] != wq.shape[1]:
-        raise ValueError(
-            f"inputs [N, C, H, W] and weights [O, C, kh, kw] are needed, got {tuple(xq.shape)} and {tuple(wq.shape)}"
-        )
-    check_fits(wq[0].numel(), x_q, w_q, bias)
+    check_layer(xq, x_q, wq, w_q, bias, y_q)
     # After the zero point is taken off, the border's integer is 0.
     patches = windows(centred(xq, x_q, "xq"), tuple(wq.shape[2:]), stride, padding, 0)
-    count, _, height, width = patches.shape[:4]
-    columns = patches.permute(0, 2, 3, 1, 4, 5).reshape(count * height * width, -1)
+    columns = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # [N, H', W', C · kh · kw]
     accumulator = columns @ centred(wq, w_q, "wq").flatten(1).T
     if bias is not None:
         accumulator = accumulator + bias
-    yq = requantize(accumulator, rescaling(x_q, w_q, y_q), y_q)
-    return yq.reshape(count, height, width, -1).permute(0, 3, 1, 2).contiguous()
+    return requantize(accumulator, rescaling(x_q, w_q, y_q), y_q).movedim(3, 1).contiguous()
 
 
 def integer_max_pool2d(
@@ -203,14 +201,14 @@ def integer_max_pool2d(
 
 @dataclass(frozen=True, eq=False)
 class IntegerLayer:
-    """A linear or convolution layer in integers, with the ReLU after it folded into the clipping of its output.
+    """A linear or convolution layer in integers.
 
     Attributes:
         x_q, w_q, y_q: grids of input, weight and output.
         weight: int8 [O, I] or [O, C, kh, kw].
         bias: int32 [O].
         stride, padding: of a convolution.
-        relu: whether the output is clipped at 0.0.
+        relu: whether the output is clipped at 0.0, the ReLU after the layer.
     """
 
     x_q: QuantParams
@@ -223,16 +221,14 @@ class IntegerLayer:
     relu: bool = False
 
     def __call__(self, xq: Tensor) -> Tensor:
-        if self.weight.dim() == 2:
-            yq = integer_linear(xq, self.x_q, self.weight, self.w_q, self.bias, self.y_q)
-        else:
-            sizes = {"stride": self.stride, "padding": self.padding}
-            yq = integer_conv2d(xq, self.x_q, self.weight, self.w_q, self.bias, self.y_q, **sizes)
+        grids = (xq, self.x_q, self.weight, self.w_q, self.bias, self.y_q)
+        linear = self.weight.dim() == 2
+        yq = integer_linear(*grids) if linear else integer_conv2d(*grids, stride=self.stride, padding=self.padding)
         return yq.clamp(min=int(self.y_q.zero_point)) if self.relu else yq
 
 
 def integer_layer(
-    layer: torch.nn.Linear | torch.nn.Conv2d,
+    layer: nn.Linear | nn.Conv2d,
     x_q: QuantParams,
     y_q: QuantParams,
     *,
@@ -242,15 +238,154 @@ def integer_layer(
     """An 8-bit :class:`IntegerLayer` from a float layer and the grids of its input and output.
 
     Raises:
-        ValueError: a convolution with groups, dilation, or padding other than zeros; it is named.
+        UnsupportedModel: a convolution with groups, dilation, or padding other than zeros; it is named.
     """
     sizes = {}
-    if isinstance(layer, torch.nn.Conv2d):
+    if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
-            raise ValueError(f"{layer} is not supported: only groups=1, dilation=1 and zero padding are")
+            raise UnsupportedModel(f"{layer} is not supported: only groups=1, dilation=1 and zero padding are")
         if isinstance(layer.padding, str):
-            raise ValueError(f"{layer} is not supported: give the padding as numbers")
+            raise UnsupportedModel(f"{layer} is not supported: give the padding as numbers")
         sizes = {"stride": tuple(layer.stride), "padding": tuple(layer.padding)}
-    w_q = choose_qparams(layer.weight, 8, symmetric=True, axis=0 if per_channel else None)
-    bias = layer.bias if layer.bias is not None else torch.zeros(len(layer.weight))
+    bias = layer.bias.detach() if layer.bias is not None else torch.zeros(len(layer.weight))
+    w_q = room_for_bias(layer.weight.detach(), bias, x_q, per_channel)
     return IntegerLayer(x_q, w_q, y_q, quantize(layer.weight, w_q), quantize_bias(bias, x_q, w_q), relu=relu, **sizes)
+
+
+def room_for_bias(weight: Tensor, bias: Tensor, x_q: QuantParams, per_channel: bool) -> QuantParams:
+    """The 8-bit grid of a weight, coarser where int32 could not hold the bias, finer where all weights are 0.
+
+    The bias is counted in steps of s_x s_w. In a dead channel the weights say nothing about s_w, and the bias is all
+    that is left of it.
+    """
+    w_q = choose_qparams(weight, 8, axis=0 if per_channel else None)
+    rows = (weight if per_channel else weight.reshape(1, -1)).flatten(1)
+    largest = check_real(bias, "bias").abs() if per_channel else bias.abs().amax()
+    least = (largest.double() / x_q.scale.double() / 2**28).float()
+    dead = (rows == 0).all(dim=1).view_as(w_q.scale) & (least > 0)
+    scale = torch.where(dead, least, torch.maximum(w_q.scale, least)).clamp(min=torch.finfo(torch.float32).tiny)
+    return QuantParams(scale, w_q.zero_point, w_q.qmin, w_q.qmax, w_q.axis)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Max-pooling: window, stride and padding in pixels."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def __call__(self, xq: Tensor) -> Tensor:
+        return integer_max_pool2d(xq, self.size, self.stride, self.padding)
+
+
+@dataclass(frozen=True, eq=False)
+class Relu:
+    """A ReLU that follows no layer: integers below the one that stands for 0.0 become that one."""
+
+    q: QuantParams
+
+    def __call__(self, xq: Tensor) -> Tensor:
+        return xq.clamp(min=int(self.q.zero_point))
+
+
+def flatten(xq: Tensor) -> Tensor:
+    """[N, ...] → [N, features]."""
+    return xq.flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerNetwork:
+    """Steps from integers to integers; call it on float images [N, ...] to get float logits [N, K].
+
+    Attributes:
+        steps: (name, step) pairs; a step is an :class:`IntegerLayer`, a :class:`Pool`, a :class:`Relu` or
+            :func:`flatten`.
+        x_q, y_q: grids of the images and of the logits.
+    """
+
+    steps: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
+    x_q: QuantParams
+    y_q: QuantParams
+
+    def __call__(self, images: Tensor) -> Tensor:
+        xq = quantize(images, self.x_q)
+        for _, step in self.steps:
+            xq = step(xq)
+        return dequantize(xq, self.y_q)
+
+
+def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """What a chain does to an image when it is deployed: BatchNorm folded, Dropout and Identity left out, in float32.
+
+    Raises:
+        UnsupportedModel: names a step that is no linear, convolution, ReLU, max-pooling or flatten layer.
+    """
+    steps = [(n, m) for n, m in fold_batchnorm(model).float()._modules.items() if not isinstance(m, NOTHING)]
+    for name, module in steps:
+        flat = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+        if not flat and not isinstance(module, (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d)):
+            known = "linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers have one"
+            raise UnsupportedModel(f"{name!r} ({module}) has no counterpart here: {known}")
+    if not any(isinstance(module, (nn.Linear, nn.Conv2d)) for _, module in steps):
+        raise UnsupportedModel("the model has no linear or convolution layer")
+    return steps
+
+
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+
+
+def integer_network(
+    model: nn.Sequential, calibration: Tensor, *, method: str = "minmax", per_channel: bool = True
+) -> IntegerNetwork:
+    """Post-training static quantization of a chain to 8 bits throughout: int8 weights, uint8 activations.
+
+    Args:
+        model: linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers; it is not modified.
+        calibration: images [N, ...] on which the ranges of all activations are chosen.
+        method: see :func:`~course_lib.methods.quantized_layers.calibrate`.
+        per_channel: one weight scale an output channel instead of one a layer.
+
+    Raises:
+        UnsupportedModel: another kind of layer (it is named), or a layer whose input has no batch in front.
+        ValueError: empty calibration data, NaN or infinite values.
+
+    >>> net, images = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(100, 4)
+    >>> integers = integer_network(net, images)
+    >>> bool((integers(images) - net(images)).abs().max() < 0.1)
+    True
+    """
+    x = check_real(calibration, "calibration").float().clone()
+    chain, steps = float_steps(model), []
+    grid = x_q = calibrate(x, method=method)
+    for (name, module), (_, after) in zip(chain, [*chain[1:], ("", None)], strict=True):
+        step: Callable[[Tensor], Tensor] = flatten
+        shape = tuple(x.shape)
+        with torch.no_grad():
+            x = module(x)
+        if len(shape) != {nn.Linear: 2, nn.Conv2d: 4, nn.MaxPool2d: 4}.get(type(module), len(shape)):
+            raise UnsupportedModel(f"{name!r} ({module}) gets {shape}; [N, I] or [N, C, H, W] is needed")
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            relu = isinstance(after, nn.ReLU)
+            with naming(name):
+                out = calibrate(x.relu() if relu else x, method=method)
+                step = integer_layer(module, grid, out, relu=relu, per_channel=per_channel)
+            grid = out
+        elif isinstance(module, nn.ReLU):
+            step = Relu(grid)
+        elif isinstance(module, nn.MaxPool2d):
+            step = pool_of(name, module)
+        if not (isinstance(module, nn.ReLU) and steps and getattr(steps[-1][1], "relu", False)):
+            steps.append((name, step))  # the layer before a ReLU clips already
+    return IntegerNetwork(tuple(steps), x_q, grid)
+
+
+def pool_of(name: str, module: nn.MaxPool2d) -> Pool:
+    """The numbers of an ``nn.MaxPool2d``, if it is of the plain kind."""
+    size, stride, padding, dilation = (
+        (value, value) if isinstance(value, int) else tuple(value)
+        for value in (module.kernel_size, module.stride, module.padding, module.dilation)
+    )
+    if dilation != (1, 1) or module.ceil_mode or module.return_indices:
+        raise UnsupportedModel(f"{name!r} ({module}) has no counterpart here: dilation=1, ceil_mode=False are needed")
+    return Pool(size, stride, padding)

@@ -7,13 +7,14 @@ the straight-through estimator (Bengio et al. 2013). Every scale of the library 
 """
 
 import math
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from course_lib.gate import real_tensor, whole_number
 
 __all__ = [
     "QuantParams",
@@ -37,14 +38,12 @@ class QuantParams:
     """A grid: how integers between ``qmin`` and ``qmax`` stand for real numbers.
 
     Attributes:
-        scale: step of the grid, float32, above 0; shape [] for the whole tensor, [C] for one step a channel, or
-            [..., n / group] for one step a group of consecutive numbers in the last dimension.
+        scale: step of the grid, float32, above 0 (a number becomes a tensor); shape [] for the whole tensor, [C] for
+            one step a channel, or [..., n / group] for one step a group of consecutive numbers of the last dimension.
         zero_point: the integer that stands for 0.0, int32, between qmin and qmax; same shape as ``scale``.
         qmin, qmax: smallest and largest integer.
         axis: the tensor's dimension that counts the C channels (not negative), or ``None``.
         group: numbers that share a step, or ``None``; a group lies within its row, so ``axis`` is ``None`` then.
-
-    Numbers are accepted for ``scale`` and ``zero_point`` and become tensors.
 
     >>> QuantParams(scale=0.1, zero_point=0, qmin=-127, qmax=127).dtype
     torch.int8
@@ -69,10 +68,8 @@ class QuantParams:
             raise ValueError(f"axis must not be negative, and None with a group; got {self.axis}, group={self.group}")
         fits = scale.dim() > 0 if self.group is not None else scale.dim() == (self.axis is not None)
         if scale.shape != zero_point.shape or not fits:
-            raise ValueError(
-                f"scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)} do not fit axis={self.axis}, "
-                f"group={self.group}: both need shape [] for a tensor, [C] for an axis, [..., n / group] for groups"
-            )
+            shapes = f"scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)}"
+            raise ValueError(f"{shapes} do not fit axis={self.axis}, group={self.group}")
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"scale must be positive and finite in float32, got {scale.tolist()}")
         if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
@@ -104,30 +101,12 @@ class QuantParams:
         return tuple(spread(t, x.dim(), self.axis, self.group) for t in (self.scale, self.zero_point))
 
 
-def whole_number(value: int, name: str, least: int, most: int | None = None) -> int:
-    """``value`` as an int within [least, most], or an error; integers of NumPy are welcome, bools are not."""
-    fits = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be {fits}, got {value!r}")
-    if operator.index(value) < least or (most is not None and operator.index(value) > most):
-        raise ValueError(f"{name} must be {fits}, got {value}")
-    return operator.index(value)
-
-
 def check_real(x: Tensor, name: str = "x", *, empty: bool = False) -> Tensor:
-    """``x`` detached, if it is a tensor of finite real floating-point numbers; a clear error otherwise."""
+    """``x`` detached and in float32 at least, if it holds finite floating-point numbers; a clear error otherwise."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a torch.Tensor of floating-point numbers, got {kind}")
-    if x.numel() == 0 and not empty:
-        raise ValueError(f"{name} is empty (shape {tuple(x.shape)}): a range needs at least one value")
-    if not bool(torch.isfinite(x).all()):
-        count = int((~torch.isfinite(x)).sum())
-        raise ValueError(
-            f"{name} of shape {tuple(x.shape)} holds {count} NaN or infinite value{'s' * (count > 1)}: "
-            "no grid contains them"
-        )
-    return x.detach()
+    return x.detach() if empty and x.numel() == 0 else real_tensor(x, name)
 
 
 @contextmanager
@@ -137,17 +116,6 @@ def naming(layer: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {layer!r}: {error}") from error
-
-
-def check_axis(axis: int | None, x: Tensor) -> int | None:
-    """``axis`` counted from the front, or a clear error."""
-    if axis is None:
-        return None
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis must be an integer or None, got {axis!r}")
-    if not -x.dim() <= operator.index(axis) < x.dim():
-        raise ValueError(f"axis {axis} is out of range for a tensor of shape {tuple(x.shape)}")
-    return operator.index(axis) % x.dim()
 
 
 def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
@@ -164,11 +132,7 @@ def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
 
 
 def in_groups(x: Tensor, group: int) -> Tensor:
-    """``x`` [..., n] as [..., n / group, group]: what lies side by side in the last dimension shares a scale.
-
-    >>> in_groups(torch.arange(6.0).view(1, 6), 3).tolist()
-    [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]
-    """
+    """``x`` [..., n] as [..., n / group, group]: what lies side by side in the last dimension shares a scale."""
     group, length = whole_number(group, "group", 1), x.shape[-1] if x.dim() else 1
     if x.dim() == 0 or length % group:
         fits = max(g for g in range(1, min(group, length) + 1) if length % g == 0)
@@ -218,21 +182,18 @@ def choose_qparams(
     """The grid that just covers the values of ``x`` (min-max), with 0.0 on it exactly.
 
     Args:
-        x: floating-point tensor of any shape and precision, not empty, all finite.
+        x: finite floating-point tensor of any shape and precision, not empty.
         bits: width from 2 to 8.
         symmetric: ``True``: zero point 0 and integers ±(2^(bits-1) - 1), in int8. ``False``: integers 0 to 2^bits -
             1, in uint8; the range [min, max] is widened to contain 0.
-        axis: dimension with one scale for each of its slices; ``None`` for one scale in all. May be negative.
-        group: instead of ``axis``, one scale for each ``group`` consecutive numbers of the last dimension, which it
-            has to divide.
+        axis: dimension with one scale for each of its slices, perhaps negative; ``None`` for one scale in all.
+        group: instead of ``axis``: numbers of the last dimension that share a scale; has to divide its length.
 
     Returns:
         QuantParams. Every value of ``x`` comes back within half a step. A tensor (or channel) of zeros gets scale 1.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, or ``bits``, ``axis`` or ``group`` is no integer.
-        ValueError: bits outside 2 to 8, an empty tensor, NaN or infinite values, an axis that ``x`` does not have, a
-            group that does not divide the last dimension, both axis and group.
+        TypeError, ValueError: say which of these does not fit.
 
     >>> q = choose_qparams(torch.tensor([-1.0, 0.0, 0.5, 2.0]), bits=4)
     >>> round(q.scale.item(), 4), q.zero_point.item(), q.qmin, q.qmax
@@ -240,7 +201,8 @@ def choose_qparams(
     >>> choose_qparams(torch.randn(10, 96), bits=4, group=32).scale.shape
     torch.Size([10, 3])
     """
-    x, axis = check_real(x), check_axis(axis, x)
+    x = check_real(x)
+    axis = axis if axis is None else whole_number(axis, "axis", -x.dim(), x.dim() - 1) % x.dim()
     low, high = slices(x, axis, group).aminmax(dim=-1)
     return qparams_from_range(low, high, bits, symmetric=symmetric, axis=axis, group=group)
 
@@ -268,26 +230,17 @@ def qparams_from_range(
     return QuantParams(scale, zero_point, qmin, qmax, axis, group)
 
 
-def widened(x: Tensor) -> Tensor:
-    """``x`` in float32 at least: half precision would lose what is computed from it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Grid coordinates of ``x``, rounded half to even but not clipped, in float32 at least."""
     # PyTorch too multiplies by the inverse of the scale: so a tie falls to the same side.
-    return torch.round(widened(x) * (1.0 / scale)) + zero_point
+    return torch.round(x.to(torch.promote_types(x.dtype, torch.float32)) * (1.0 / scale)) + zero_point
 
 
 def quantize(x: Tensor, q: QuantParams) -> Tensor:
     """Integers of ``x`` on the grid ``q``: round half to even, then clip to [qmin, qmax].
 
-    Args:
-        x: finite floating-point tensor, any shape that fits ``q`` (it may be empty).
-        q: see :func:`choose_qparams`.
-
-    Returns:
-        Tensor of the shape of ``x`` in ``q.dtype``: int8 for a symmetric grid, uint8 for an asymmetric one.
+    ``x`` holds finite floats (or nothing) in any shape that fits ``q``; the result is int8 for a symmetric grid, uint8
+    for an asymmetric one.
 
     >>> q = QuantParams(scale=0.5, zero_point=0, qmin=-7, qmax=7)
     >>> quantize(torch.tensor([-9.0, -0.5, 0.0, 0.6, 1.0]), q).tolist()
@@ -326,12 +279,8 @@ def fake_quantize(x: Tensor, q: QuantParams) -> Tensor:
     The gradient is 1 where ``x`` lies inside the grid and 0 where it was clipped (Bengio et al. 2013; the convention of
     ``torch.fake_quantize_per_tensor_affine``). No gradient reaches ``scale``.
 
-    Args:
-        x: finite floating-point tensor; under ``torch.func.vmap`` use :func:`straight_through`, which checks nothing.
-        q: see :func:`choose_qparams`.
-
-    Returns:
-        Tensor of the shape and dtype of ``x``.
+    Shape and dtype stay those of ``x``, finite floats. :func:`straight_through` does the same and checks nothing, for
+    ``torch.func.vmap``.
 
     >>> x = torch.tensor([0.6, 9.0], requires_grad=True)
     >>> y = fake_quantize(x, QuantParams(scale=0.5, zero_point=0, qmin=-7, qmax=7))
@@ -361,8 +310,7 @@ def floor_quantize(w: Tensor, s: float) -> Tensor:
     """
     if not (math.isfinite(s) and s > 0):
         raise ValueError(f"s must be a positive number of grid points a unit, got {s!r}")
-    w = check_real(w, "w", empty=True)
-    return (torch.floor(widened(w) * s) / s).to(w.dtype)
+    return torch.floor(check_real(w, "w", empty=True) * s) / s
 
 
 def signal_to_noise(x: Tensor, approximation: Tensor) -> float:

@@ -9,6 +9,7 @@ beforehand; the ranges of activations are recorded on calibration images.
 import copy
 import math
 from collections.abc import Collection, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from course_lib.gate import (
     new_like,
     replace_layers,
     weight_layers,
+    whole_number,
 )
 from course_lib.methods.quantization import (
     QuantParams,
@@ -35,7 +37,6 @@ from course_lib.methods.quantization import (
     slices,
     spread,
     straight_through,
-    whole_number,
 )
 
 __all__ = [
@@ -104,8 +105,7 @@ class FakeQuant(MadeWeight):
         return straight_through(x, self.input_scale.float(), self.input_zero_point, qmin, qmax)
 
     def extra_repr(self) -> str:
-        scales = "tensor" if self.axis is None else "channel"
-        scales = scales if self.group is None else f"group of {self.group}"
+        scales = f"group of {self.group}" if self.group else "tensor" if self.axis is None else "channel"
         bits = f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
         return f"{super().extra_repr()}, {bits}, a scale a {scales}"
 
@@ -132,12 +132,11 @@ def fake_quantized(
     """A copy of ``model`` whose linear and convolution layers compute with numbers on a grid.
 
     As it stands that is post-training quantization; trained further it is quantization-aware training. Biases stay
-    float, as the int32 accumulators hold them with more than enough bits. Fold BatchNorm first if the network is to
-    run on integers (:func:`fold_batchnorm`). :func:`plain` gives ordinary layers with the quantized weights.
+    float, as int32 accumulators hold them well enough. :func:`plain` gives ordinary layers with the quantized weights.
 
     Args:
         model: a trained network; it is not modified. Layers that share a weight go on sharing it.
-        weight_bits: 2 to 8, symmetric, largest value at the end of the grid; or by layer name (mixed precision), and
+        weight_bits: 2 to 8, symmetric, largest value at the end of the grid; or by layer name (mixed precision):
             layers that are not named stay in float.
         activation_bits: 2 to 8, asymmetric, or ``None`` to leave the inputs of the layers in float.
         calibration: images ``[N, ...]`` on which the inputs' ranges are recorded; needed with ``activation_bits``.
@@ -150,8 +149,7 @@ def fake_quantized(
     Raises:
         UnsupportedModel: see :func:`~course_lib.gate.replace_layers`; a layer that the calibration images do not reach;
             layers that share a weight and are given different bits.
-        ValueError: bits outside 2 to 8, empty or missing calibration data, a name that is no layer, a group that does
-            not divide.
+        ValueError: bits, names, group or calibration data that do not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> quantized = fake_quantized(model, weight_bits={"0": 2, "2": 8})
@@ -223,14 +221,10 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def record_inputs(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> dict[str, Tensor]:
-    """What reaches each linear and convolution layer when ``model`` looks at ``images``, in eval mode, by layer name.
+    """What reaches each linear and convolution layer when ``model`` looks at ``images`` [N, ...], in eval mode.
 
-    Args:
-        model: any module with ``nn.Linear`` or ``nn.Conv2d`` layers; left as it was.
-        images: batch ``[N, ...]``, not empty.
-
-    Returns:
-        ``{layer name: inputs [N, ...]}``; a layer that is used twice has its inputs joined along the first dimension.
+    Returns ``{layer name: inputs [N, ...]}``; a layer that is used twice has its inputs joined along the first
+    dimension. The model is left as it was.
     """
     return {name: torch.cat(parts) for name, parts in _inputs(model, images, batch_size).items()}
 
@@ -241,16 +235,13 @@ def _inputs(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, list
         check_real(images, "images")  # whole numbers are welcome: the tokens of a language model
     recorded: dict[str, list[Tensor]] = {}
 
-    def listen(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            recorded.setdefault(name, []).append((args[0] if args else kwargs["input"]).detach().clone())
-
-        return hook
+    def listen(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        recorded.setdefault(name, []).append((args[0] if args else kwargs["input"]).detach().clone())
 
     layers = weight_layers(model)
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no linear or convolution layer to record")
-    hooks = [layer.register_forward_pre_hook(listen(name), with_kwargs=True) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(partial(listen, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with eval_mode(model), torch.no_grad():
             for batch in images.split(batch_size):
@@ -273,17 +264,15 @@ def calibrate(
     """One grid for an activation, from recorded values.
 
     Min-max keeps every value and lets one outlier set the step; a percentile gives up the rarest values; the search for
-    the smallest mean squared error weighs rounding against clipping (Migacz 2017; compared by Nagel et al. 2021, "A
-    White Paper on Neural Network Quantization").
+    the smallest mean squared error weighs rounding against clipping (compared by Nagel et al. 2021, "A White Paper on
+    Neural Network Quantization").
 
     Args:
         samples: finite floating-point values of any shape, as one tensor or several.
-        bits: width from 2 to 8.
+        bits, symmetric: see :func:`~course_lib.methods.quantization.choose_qparams`.
         method: ``"minmax"``; ``"percentile"``: the central ``percentile`` per cent of the values; ``"mse"``: of
-            ``candidates`` ranges, shrunk evenly from min-max towards 0, the one with the least mean squared error.
-        symmetric: see :func:`~course_lib.methods.quantization.choose_qparams`.
+            ``candidates`` (at least 2) ranges, shrunk evenly from min-max towards 0, the one with the least error.
         percentile: share to keep, above 0 and at most 100.
-        candidates: how many ranges the search tries, at least 2.
 
     Raises:
         ValueError: no samples, NaN or infinite values, an unknown method, bits or percentile out of range.
@@ -354,10 +343,8 @@ def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:
         before, layer = folded[-1] if folded else ("", module)
         outputs = layer.weight.shape[0] if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
         if outputs != module.num_features or module.running_var is None:
-            raise UnsupportedModel(
-                f"{name!r} ({module}) does not follow a linear or convolution layer with {module.num_features} outputs,"
-                " or keeps no statistics"
-            )
+            need = f"a linear or convolution layer with {module.num_features} outputs"
+            raise UnsupportedModel(f"{name!r} ({module}) does not follow {need}, or keeps no statistics")
         # A copy of its own: elsewhere in the chain the same layer may come without this BatchNorm.
         folded[-1] = (before, fold_into_(copy.deepcopy(layer), module))
     new = nn.Sequential()

@@ -1,7 +1,8 @@
-"""Affine quantization against PyTorch's own fake quantization, and its errors."""
+"""Affine quantization against PyTorch's own fake quantization, against loops, and its errors."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,16 +13,21 @@ from course_lib.methods.quantization import (
     choose_qparams,
     dequantize,
     fake_quantize,
+    floor_quantize,
     integer_range,
     qparams_from_range,
     quantize,
+    safe_scale,
+    signal_to_noise,
     straight_through,
 )
 
 BITS = range(2, 9)
+TINY = torch.finfo(torch.float32).tiny
+Q = QuantParams(scale=0.1, zero_point=0, qmin=-7, qmax=7)
 
 
-def tensors(shape=(6, 5)):
+def tensors(shape=(6, 8)):
     return st.tuples(st.integers(0, 2**32 - 1), st.floats(-18, 18), st.floats(-3, 3)).map(
         lambda t: (torch.randn(shape, generator=torch.Generator().manual_seed(t[0])) + t[2]) * 10.0 ** t[1]
     )
@@ -32,16 +38,14 @@ def tensors(shape=(6, 5)):
 @pytest.mark.parametrize("axis", [None, 0, 1, -1])
 def test_fake_quantize_and_its_gradient_equal_torch(bits, symmetric, axis):
     x = torch.randn(40, 30, generator=torch.Generator().manual_seed(bits))
-    q = choose_qparams(x, bits, symmetric=symmetric, axis=axis)
+    q = choose_qparams(x, np.int64(bits), symmetric=symmetric, axis=axis)
     # Values beyond the grid, so that clipping and its zero gradient are compared as well.
     ours, theirs = ((1.7 * x).requires_grad_() for _ in range(2))
     y = fake_quantize(ours, q)
     if axis is None:
         reference = torch.fake_quantize_per_tensor_affine(theirs, q.scale, q.zero_point, q.qmin, q.qmax)
     else:
-        reference = torch.fake_quantize_per_channel_affine(
-            theirs, q.scale, q.zero_point, axis % x.dim(), q.qmin, q.qmax
-        )
+        reference = torch.fake_quantize_per_channel_affine(theirs, q.scale, q.zero_point, axis % 2, q.qmin, q.qmax)
     upstream = torch.randn_like(x)
     y.backward(upstream)
     reference.backward(upstream)
@@ -51,9 +55,11 @@ def test_fake_quantize_and_its_gradient_equal_torch(bits, symmetric, axis):
 
 
 @settings(max_examples=60, deadline=None)
-@given(tensors(), st.sampled_from(BITS), st.booleans(), st.sampled_from([None, 0, 1]))
-def test_every_value_comes_back_within_half_a_step_and_zero_exactly(x, bits, symmetric, axis):
-    q = choose_qparams(x, bits, symmetric=symmetric, axis=axis)
+@given(
+    tensors(), st.sampled_from(BITS), st.booleans(), st.sampled_from([(None, None), (0, None), (1, None), (None, 4)])
+)
+def test_every_value_comes_back_within_half_a_step_and_zero_exactly(x, bits, symmetric, slicing):
+    q = choose_qparams(x, bits, symmetric=symmetric, axis=slicing[0], group=slicing[1])
     xq = quantize(x, q)
     back = dequantize(xq, q)
     scale, _ = q.shaped_for(x)
@@ -62,63 +68,85 @@ def test_every_value_comes_back_within_half_a_step_and_zero_exactly(x, bits, sym
     assert torch.equal(fake_quantize(x, q), back)
     assert torch.equal(fake_quantize(torch.zeros_like(x), q), torch.zeros_like(x))
     assert xq.dtype == (torch.int8 if symmetric else torch.uint8)
-    assert int(xq.min()) >= q.qmin
-    assert int(xq.max()) <= q.qmax
     if symmetric:
         assert torch.equal(quantize(-x, q), -xq)
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-30, 1e-45, 3e38, -3e38])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 8])
-@pytest.mark.parametrize("axis", [None, 0])
-def test_constant_tensors_have_a_valid_grid(value, symmetric, bits, axis):
-    x = torch.full((3, 4), value)
-    q = choose_qparams(x, bits, symmetric=symmetric, axis=axis)
-    assert bool((torch.isfinite(q.scale) & (q.scale > 0)).all())
-    torch.testing.assert_close(dequantize(quantize(x, q), q), x, rtol=1e-6, atol=1e-37)
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12)])
+@pytest.mark.parametrize("group", [1, 4, 12])
+def test_a_group_is_quantized_as_if_it_were_alone(shape, group, symmetric):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    q = choose_qparams(x, 5, symmetric=symmetric, group=group)
+    assert q.scale.shape == (*shape[:-1], 12 // group)
+    xq, back, fake = quantize(x, q), dequantize(quantize(x, q), q), fake_quantize(x, q)
+    for rows in np.ndindex(*shape[:-1]):
+        for g in range(12 // group):
+            part = (*rows, slice(g * group, (g + 1) * group))
+            alone = choose_qparams(x[part], 5, symmetric=symmetric)
+            assert (q.scale[(*rows, g)], q.zero_point[(*rows, g)]) == (alone.scale, alone.zero_point)
+            assert torch.equal(xq[part], quantize(x[part], alone))
+            assert torch.equal(back[part], dequantize(xq[part], alone))
+            assert torch.equal(fake[part], back[part])
 
 
-def test_an_all_zero_channel_gets_scale_one():
-    q = choose_qparams(torch.tensor([[0.0, 0.0], [1.0, -2.0]]), 8, axis=0)
-    assert q.scale[0] == 1
-    assert q.scale[1] == pytest.approx(2 / 127)
-
-
-def test_extremes_of_float32_do_not_overflow():
-    x = torch.tensor([-3.3e38, 3.3e38])
-    q = choose_qparams(x, 8, symmetric=False)
-    assert torch.isfinite(q.scale)
-    assert torch.isfinite(dequantize(quantize(x, q), q)).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_floating_types_keep_their_type_and_gradient(dtype):
-    x = torch.linspace(-1, 1, 9, dtype=dtype, requires_grad=True)
-    y = fake_quantize(x, choose_qparams(x, 4))
-    assert y.dtype == dtype
-    y.sum().backward()
-    assert x.grad.dtype == dtype
-    assert torch.equal(x.grad, torch.ones_like(x))
-
-
-def test_signal_to_noise_rises_by_six_decibels_a_bit():
-    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-    def decibels(bits):
-        error = fake_quantize(x, choose_qparams(x, bits, symmetric=False)) - x
-        return 10 * math.log10(x.square().sum() / error.square().sum())
-
-    assert decibels(8) - decibels(4) == pytest.approx(4 * 6.02, abs=0.6)
+@pytest.mark.parametrize(("shape", "group", "fits"), [((2, 10), 4, 2), ((10,), 32, 10), ((3, 7), 2, 1), ((), 1, 1)])
+def test_groups_that_do_not_divide(shape, group, fits):
+    with pytest.raises(ValueError, match=rf"group={group} does not divide the last dimension of .*; {fits} would"):
+        choose_qparams(torch.ones(shape), group=group)
 
 
 def test_per_channel_is_the_same_as_each_channel_alone():
     x = torch.randn(4, 3, 5)
-    q = choose_qparams(x, 5, axis=1)
+    q = choose_qparams(x, 5, axis=-2)
+    assert q.axis == 1
     for channel in range(3):
         alone = choose_qparams(x[:, channel], 5)
         assert q.scale[channel] == alone.scale
         assert torch.equal(quantize(x, q)[:, channel], quantize(x[:, channel], alone))
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-30, 1e-38, 1e-45, 3e38, -3e38])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("slicing", [{}, {"axis": 0}, {"group": 2}])
+def test_constant_tensors_have_a_valid_grid(value, symmetric, bits, slicing):
+    x = torch.full((3, 4), value)
+    q = choose_qparams(x, bits, symmetric=symmetric, **slicing)
+    assert bool((q.scale >= TINY).all())
+    assert bool(torch.isfinite(1 / q.scale).all())
+    torch.testing.assert_close(dequantize(quantize(x, q), q), x, rtol=1e-6, atol=0.6 * TINY)
+
+
+def test_the_one_way_to_a_scale():
+    largest = torch.tensor([254.0, 0.0, 1e-45, 1e-38])
+    assert safe_scale(largest, 127).tolist() == [2.0, 1.0, TINY, TINY]
+    assert safe_scale(torch.tensor(300.0, dtype=torch.float16), 127).item() == pytest.approx(300 / 127, rel=1e-7)
+    q = choose_qparams(torch.tensor([[0.0, 0.0], [1.0, -2.0]]), 8, axis=0)
+    assert q.scale.tolist() == pytest.approx([1, 2 / 127])
+    wide = torch.tensor([-3.3e38, 3.3e38])  # max - min is no float32
+    q = choose_qparams(wide, 8, symmetric=False)
+    torch.testing.assert_close(dequantize(quantize(wide, q), q), wide, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(("low", "high", "scale", "zero"), [(-1, 3, 4 / 3, 1), (1, 3, 1, 0), (-3, -1, 1, 3)])
+def test_asymmetric_ranges_are_widened_to_zero(low, high, scale, zero):
+    q = qparams_from_range(low, high, bits=2, symmetric=False)
+    assert (q.scale.item(), q.zero_point.item()) == (pytest.approx(scale), zero)
+    assert qparams_from_range(low, high, bits=2).scale == max(-low, high)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_keep_their_type_and_lose_nothing(dtype):
+    x = (torch.randn(200, generator=torch.Generator().manual_seed(0)) * 0.01).to(dtype).requires_grad_()
+    q, exact = choose_qparams(x, 8), choose_qparams(x.float(), 8)
+    assert q.scale == exact.scale
+    assert torch.equal(quantize(x, q), quantize(x.float(), exact))
+    y = fake_quantize(x, q)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, dequantize(quantize(x, q), q).to(dtype), rtol=1e-6, atol=0)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_straight_through_runs_under_vmap_as_one_by_one():
@@ -128,99 +156,102 @@ def test_straight_through_runs_under_vmap_as_one_by_one():
     assert torch.equal(batched, torch.stack([straight_through(x[i], scale[i], zero[i], -7, 7) for i in range(3)]))
 
 
-@pytest.mark.parametrize("bits", [1, 9, 0, -3, 16])
-def test_bits_outside_two_to_eight(bits):
-    with pytest.raises(ValueError, match="from 2 to 8"):
-        choose_qparams(torch.ones(3), bits)
-    with pytest.raises(ValueError, match="from 2 to 8"):
-        integer_range(bits, symmetric=True)
-
-
-@pytest.mark.parametrize("bits", [8.0, "8", None, True])
-def test_bits_of_another_type(bits):
-    with pytest.raises(TypeError, match="bits must be an integer"):
-        choose_qparams(torch.ones(3), bits)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite(bad):
-    x = torch.tensor([1.0, bad])
-    q = QuantParams(scale=0.1, zero_point=0, qmin=-7, qmax=7)
-    for call in (lambda: choose_qparams(x), lambda: quantize(x, q), lambda: fake_quantize(x, q)):
-        with pytest.raises(ValueError, match=r"shape \(2,\) holds 1 NaN or infinite value"):
-            call()
-
-
-@pytest.mark.parametrize("axis", [2, -3, 7])
-def test_axis_out_of_range(axis):
-    with pytest.raises(ValueError, match=r"axis -?\d is out of range for a tensor of shape \(2, 3\)"):
-        choose_qparams(torch.ones(2, 3), axis=axis)
-
-
-@pytest.mark.parametrize("axis", [0.0, "0", True])
-def test_axis_of_another_type(axis):
-    with pytest.raises(TypeError, match="axis must be"):
-        choose_qparams(torch.ones(2, 3), axis=axis)
-
-
-def test_inputs_that_are_no_floating_point_tensors():
-    q = QuantParams(scale=0.1, zero_point=0, qmin=-7, qmax=7)
-    for bad in (torch.tensor([1, 2]), torch.tensor([True]), torch.tensor([1j]), [1.0, 2.0], 3.0, None):
-        for call in (choose_qparams, lambda x: quantize(x, q), lambda x: fake_quantize(x, q)):
-            with pytest.raises(TypeError, match="floating-point"):
-                call(bad)
-    for bad in (torch.tensor([1.0]), torch.tensor([True]), [1]):
-        with pytest.raises(TypeError, match="integers"):
-            dequantize(bad, q)
-
-
-def test_empty_tensors():
-    for shape in ((0,), (3, 0), (0, 3)):
-        with pytest.raises(ValueError, match="is empty"):
-            choose_qparams(torch.ones(shape))
-    q = QuantParams(scale=0.1, zero_point=0, qmin=-7, qmax=7)
-    assert dequantize(quantize(torch.ones(0, 2), q), q).shape == (0, 2)
-
-
-def test_scales_that_do_not_fit_the_tensor():
-    q = choose_qparams(torch.ones(3, 4), axis=0)
-    for x in (torch.ones(4, 3), torch.ones(()), torch.ones(2)):
-        with pytest.raises(ValueError, match="3 scales along axis 0 do not fit"):
-            quantize(x, q)
-    with pytest.raises(ValueError, match="outside the grid"):
-        dequantize(torch.full((3, 1), 500), q)
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"scale": 0.0}, "positive and finite"),
-        ({"scale": math.nan}, "positive and finite"),
-        ({"scale": -1.0}, "positive and finite"),
-        ({"qmin": 7}, "qmin must be below"),
-        ({"zero_point": 8}, "zero_point must be within"),
-        ({"scale": torch.ones(3)}, "do not fit axis=None"),
-        ({"axis": 0}, "do not fit axis=0"),
-        ({"scale": torch.ones(3), "axis": -1}, "must not be negative"),
-    ],
-)
-def test_grids_that_make_no_sense(fields, text):
-    with pytest.raises(ValueError, match=text):
-        QuantParams(**{"scale": 0.1, "zero_point": 0, "qmin": -7, "qmax": 7, **fields})
-
-
 def test_integer_types_and_bits_of_a_grid():
-    types = {(-127, 127): torch.int8, (0, 255): torch.uint8, (-300, 5): torch.int16, (0, 70000): torch.int32}
+    types = {(-127, 127): torch.int8, (-128, 0): torch.int8, (-129, 0): torch.int16, (0, 255): torch.uint8}
+    types |= {(0, 256): torch.int16, (-300, 5): torch.int16, (0, 70000): torch.int32}
     for (low, high), dtype in types.items():
         assert QuantParams(scale=1.0, zero_point=0, qmin=low, qmax=high).dtype == dtype
-    assert [choose_qparams(torch.ones(2), bits).bits for bits in BITS] == list(BITS)
+    for symmetric in (True, False):
+        assert [choose_qparams(torch.ones(2), bits, symmetric=symmetric).bits for bits in BITS] == list(BITS)
+    assert integer_range(3, symmetric=True) == (-3, 3)
     with pytest.raises(ValueError, match="32 bits"):
         _ = QuantParams(scale=1.0, zero_point=0, qmin=0, qmax=2**40).dtype
 
 
-def test_ranges_that_make_no_sense():
-    for low, high in ((1.0, 0.0), (math.nan, 1.0), (0.0, math.inf)):
-        with pytest.raises(ValueError, match="finite low <= high"):
-            qparams_from_range(low, high)
-    with pytest.raises(ValueError, match="does not fit into float32"):
-        choose_qparams(torch.tensor([1e300], dtype=torch.float64))
+def test_floor_is_biased_by_half_a_step_and_round_is_not():
+    w = torch.rand(200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    s = 10
+    assert (floor_quantize(w, s) - w).mean().item() == pytest.approx(-0.5 / s, abs=1e-3)
+    np.testing.assert_allclose(floor_quantize(w, s).numpy(), np.floor(w.numpy() * s) / s)
+    assert floor_quantize(torch.tensor([300.3]).half(), 300).item() == 300.25
+
+
+def test_decibels():
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    four, eight = (signal_to_noise(x, fake_quantize(x, choose_qparams(x, b, symmetric=False))) for b in (4, 8))
+    assert eight - four == pytest.approx(4 * 6.02, abs=0.6)
+    x = torch.tensor([1.0, -1.0])
+    assert signal_to_noise(x, x) == math.inf
+    assert signal_to_noise(torch.zeros(2), x) == -math.inf
+    assert signal_to_noise(x, torch.zeros(2)) == pytest.approx(0.0)
+    assert signal_to_noise(x, 0.9 * x) == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: choose_qparams(torch.ones(3), 1), ValueError, "bits must be an integer from 2 to 8, got 1"),
+        (lambda: choose_qparams(torch.ones(3), 9), ValueError, "from 2 to 8"),
+        (lambda: choose_qparams(torch.ones(3), 8.0), TypeError, "bits must be an integer"),
+        (lambda: choose_qparams(torch.ones(3), True), TypeError, "bits must be an integer"),
+        (lambda: choose_qparams(torch.ones(2, 3), axis=2), ValueError, "axis must be an integer from -2 to 1, got 2"),
+        (lambda: choose_qparams(torch.ones(2, 3), axis=-3), ValueError, "axis must be an integer from -2 to 1"),
+        (lambda: choose_qparams(torch.ones(2, 3), axis="0"), TypeError, "axis must be"),
+        (lambda: choose_qparams(torch.ones(2, 4), group=0), ValueError, "group must be an integer of at least 1"),
+        (lambda: choose_qparams(torch.ones(2, 4), group=2.0), TypeError, "group must be"),
+        (lambda: choose_qparams(torch.ones(2, 4), axis=0, group=2), ValueError, "None with a group"),
+        (lambda: choose_qparams(torch.ones(3, 0)), ValueError, r"is empty, shape \(3, 0\)"),
+        (lambda: choose_qparams(torch.ones(0), group=4), ValueError, "is empty"),
+        (lambda: choose_qparams(torch.tensor([1e300], dtype=torch.float64)), ValueError, "finite in float32"),
+        (lambda: qparams_from_range(1.0, 0.0), ValueError, "finite low <= high"),
+        (lambda: qparams_from_range(math.nan, 1.0), ValueError, "finite low <= high"),
+        (lambda: qparams_from_range(0.0, math.inf), ValueError, "finite low <= high"),
+        (lambda: dequantize(torch.tensor([1.0]), Q), TypeError, "integers"),
+        (lambda: dequantize(torch.tensor([True]), Q), TypeError, "integers"),
+        (lambda: dequantize([1], Q), TypeError, "integers"),
+        (lambda: dequantize(torch.tensor([-7, 8]), Q), ValueError, r"from -7 to 8, outside the grid's \[-7, 7\]"),
+        (lambda: dequantize(torch.tensor([-8, 7]), Q), ValueError, "outside the grid"),
+        (lambda: floor_quantize(torch.ones(2), 0), ValueError, "positive number of grid points"),
+        (lambda: floor_quantize(torch.ones(2), math.inf), ValueError, "positive number of grid points"),
+        (lambda: floor_quantize([0.3], 10), TypeError, r"w must be a torch\.Tensor"),
+        (lambda: signal_to_noise(torch.ones(2), torch.ones(3)), ValueError, "shapes differ"),
+        (lambda: signal_to_noise(torch.ones(2), torch.ones(2).long()), TypeError, "approximation must be"),
+        (lambda: QuantParams(0.0, 0, -7, 7), ValueError, "positive and finite"),
+        (lambda: QuantParams(math.nan, 0, -7, 7), ValueError, "positive and finite"),
+        (lambda: QuantParams(0.1, 0, 7, 7), ValueError, "qmin must be below"),
+        (lambda: QuantParams(0.1, 8, -7, 7), ValueError, "zero_point must be within"),
+        (lambda: QuantParams(0.1, -8, -7, 7), ValueError, "zero_point must be within"),
+        (lambda: QuantParams(torch.ones(3), 0, -7, 7), ValueError, "do not fit axis=None"),
+        (lambda: QuantParams(0.1, 0, -7, 7, axis=0), ValueError, "do not fit axis=0"),
+        (lambda: QuantParams(0.1, 0, -7, 7, group=4), ValueError, "do not fit axis=None, group=4"),
+        (lambda: QuantParams(torch.ones(3), torch.zeros(2), -7, 7, axis=0), ValueError, "do not fit axis=0"),
+        (lambda: QuantParams(torch.ones(3), 0, -7, 7, axis=-1), ValueError, "must not be negative"),
+    ],
+)
+def test_what_does_not_fit(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize("call", [choose_qparams, lambda x: quantize(x, Q), lambda x: fake_quantize(x, Q)])
+def test_inputs_that_are_no_finite_floats(call):
+    for bad in (torch.tensor([1, 2]), torch.tensor([True]), torch.tensor([1j]), [1.0, 2.0], 3.0, None):
+        with pytest.raises(TypeError, match="floating-point"):
+            call(bad)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=r"x has 1 NaN or infinite entries of 2, shape \(2,\)"):
+            call(torch.tensor([1.0, bad]))
+    with pytest.raises(ValueError, match="2 NaN or infinite"):
+        call(torch.tensor([math.nan, math.inf]))
+
+
+def test_tensors_that_do_not_fit_a_grid():
+    assert dequantize(quantize(torch.ones(0, 2), Q), Q).shape == (0, 2)
+    q = choose_qparams(torch.ones(3, 4), axis=0)
+    for x in (torch.ones(4, 3), torch.ones(()), torch.ones(2)):
+        with pytest.raises(ValueError, match=r"scales of shape \(3,\) along axis 0 do not fit"):
+            quantize(x, q)
+    q = choose_qparams(torch.ones(3, 4), group=2)
+    for x in (torch.ones(3, 2), torch.ones(2, 4), torch.ones(()), torch.ones(3, 4, 1)):
+        with pytest.raises(ValueError, match="for groups of 2 do not fit"):
+            quantize(x, q)

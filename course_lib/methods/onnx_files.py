@@ -1,0 +1,222 @@
+"""Chains of layers as ONNX files that ONNX Runtime executes: in float32, in int8 on our own grids, with int4 weights.
+
+The graphs are written node by node with ``onnx.helper``. In the int8 file every layer stands between DequantizeLinear
+and QuantizeLinear nodes (QDQ); the engine fuses each such group into one integer kernel, which is how int8 becomes
+fast. In the int4 file a linear layer is one MatMulNBits node, which reads two weights a byte.
+"""
+
+import os
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from course_lib.files import write_file
+from course_lib.gate import UnsupportedModel, whole_number
+from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pool, Relu, float_steps, pool_of
+from course_lib.methods.quantization import QuantParams, choose_qparams, naming, quantize
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["write_float_onnx", "write_int4_onnx", "write_int8_onnx"]
+
+# Old enough for every ONNX Runtime of the last years, new enough for per-channel DequantizeLinear.
+OPSET, IR_VERSION = 17, 8
+
+
+class Graph:
+    """Nodes and constants of an ONNX graph that is a chain; ``tip`` is the name of the last value."""
+
+    def __init__(self):
+        self.nodes: list = []
+        self.constants: dict[str, np.ndarray] = {}
+        self.tip = "images"
+
+    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
+        self.constants[name] = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        return name
+
+    def add(self, kind: str, name: str, *inputs: str, **attributes) -> None:
+        """A node of type ``kind`` on the tip and ``inputs``; its output becomes the tip."""
+        from onnx import helper
+
+        # A layer may be called as the graph's own input or output is.
+        self.nodes.append(helper.make_node(kind, [self.tip, *inputs], [f"{name}/out"], name=name, **attributes))
+        self.tip = f"{name}/out"
+
+    def through_grid(self, name: str, q: QuantParams) -> None:
+        """QuantizeLinear and DequantizeLinear: from here on the values lie on the grid ``q``."""
+        grid = (self.constant(f"{name}_scale", q.scale), self.constant(f"{name}_zero", q.zero_point.to(q.dtype)))
+        self.add("QuantizeLinear", f"{name}_quantize", *grid)
+        self.add("DequantizeLinear", f"{name}_dequantize", *grid)
+
+    def integers(self, name: str, values: Tensor, scale: Tensor) -> str:
+        """An integer constant with a DequantizeLinear after it: the engine keeps the integers."""
+        from onnx import helper
+
+        zero = torch.zeros(scale.shape, dtype=values.dtype)
+        parts = {"quantized": values, "scale": scale.float(), "zero": zero}
+        names = [self.constant(f"{name}_{part}", value) for part, value in parts.items()]
+        axis = {"axis": 0} if scale.dim() else {}
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [name], name=f"{name}_dequantize", **axis))
+        return name
+
+    def layer(self, name: str, weight: str, bias: str | None, module: nn.Linear | nn.Conv2d | IntegerLayer) -> None:
+        """A linear layer or a convolution with the sizes of ``module``."""
+        inputs = [weight] if bias is None else [weight, bias]
+        if module.weight.dim() == 2:
+            self.add("Gemm", name, *inputs, transB=1)
+        elif isinstance(module.padding, str) or getattr(module, "padding_mode", "zeros") != "zeros":
+            raise UnsupportedModel(f"{name!r} ({module}) is not supported: zero padding in numbers is needed")
+        else:
+            spread = {"group": module.groups, "dilations": module.dilation} if isinstance(module, nn.Conv2d) else {}
+            self.add("Conv", name, *inputs, **window(module.weight.shape[2:], module.stride, module.padding), **spread)
+
+    def other(self, name: str, module: nn.Module | Pool | Relu | Callable) -> None:
+        """A step without weights."""
+        if isinstance(module, (nn.ReLU, Relu)):
+            self.add("Relu", name)
+        elif isinstance(module, (nn.MaxPool2d, Pool)):
+            pool = module if isinstance(module, Pool) else pool_of(name, module)
+            self.add("MaxPool", name, **window(pool.size, pool.stride, pool.padding))
+        else:
+            self.add("Flatten", name, axis=1)
+
+    def save(
+        self, path: str | os.PathLike, input_shape: tuple[int, ...], network: Callable[[Tensor], Tensor]
+    ) -> "onnx.ModelProto":
+        """Check and write it: ``images`` [N, ...] → ``logits``, of the shape that ``network`` makes of such images."""
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        shape = tuple(whole_number(n, "input_shape", 1) for n in input_shape)
+        try:
+            with torch.no_grad():
+                answer = network(torch.zeros(2, *shape))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the network does not take images of shape {shape}: {error}") from error
+        self.nodes[-1].output[0] = "logits"
+        graph = helper.make_graph(
+            self.nodes,
+            "network",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *shape])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", *answer.shape[1:]])],
+            [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except onnx.shape_inference.InferenceError as error:  # say, a linear layer over three dimensions
+            raise ValueError(f"no ONNX graph for images of shape {shape} here: {error}") from error
+        write_file(path, model.SerializeToString())
+        return model
+
+
+def window(size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> dict[str, list[int]]:
+    """What Conv and MaxPool call kernel, stride and padding."""
+    return {"kernel_shape": list(size), "strides": list(stride), "pads": [*padding, *padding]}
+
+
+def write_float_onnx(model: nn.Sequential, path: str | os.PathLike, input_shape: tuple[int, ...]) -> "onnx.ModelProto":
+    """Write a chain of layers in float32, BatchNorm folded, for images [N, \\*input_shape].
+
+    Raises:
+        UnsupportedModel: a layer with no counterpart here (it is named).
+        ValueError: an input shape that does not fit the network. OSError: the file cannot be written; it is named.
+    """
+    return write_chain(model, path, input_shape, {})
+
+
+def write_int4_onnx(
+    model: nn.Sequential,
+    path: str | os.PathLike,
+    input_shape: tuple[int, ...],
+    *,
+    group: int = 32,
+    accuracy_level: int = 4,
+    skip: Collection[str] = (),
+) -> "onnx.ModelProto":
+    """As :func:`write_float_onnx`, but the weights of linear layers are stored in 4 bits, with a scale a group.
+
+    Args:
+        group: consecutive inputs that share a float32 scale: 16, 32, 64, 128 or 256. It has to divide the layers'
+            inputs. The integers are those of ``choose_qparams(weight, 4, group=group)``.
+        accuracy_level: what the engine computes in: 0 as it likes, 1 float32, 4 int8 (inputs rounded while running).
+        skip: names of linear layers to leave in float32, as convolutions are.
+
+    Raises:
+        ValueError: also a group that does not divide a layer's inputs (the layer is named), a name that is no layer.
+    """
+    if group not in (16, 32, 64, 128, 256) or accuracy_level not in range(5):
+        raise ValueError(
+            f"group must be 16, 32, 64, 128 or 256, accuracy_level 0 to 4; got group={group!r}, "
+            f"accuracy_level={accuracy_level!r}"
+        )
+    attributes = {"bits": 4, "block_size": int(group), "accuracy_level": int(accuracy_level)}
+    linear = [name for name, module in float_steps(model) if isinstance(module, nn.Linear)]
+    if unknown := sorted(set(skip) - set(linear)):
+        raise ValueError(f"skip names no linear layer: {unknown} (there are: {linear})")
+    return write_chain(model, path, input_shape, {name: attributes for name in linear if name not in skip})
+
+
+def write_chain(
+    model: nn.Sequential, path: str | os.PathLike, input_shape: tuple[int, ...], four_bits: dict[str, dict]
+) -> "onnx.ModelProto":
+    """A float32 graph in which the layers in ``four_bits`` are MatMulNBits nodes with those attributes."""
+    graph, steps = Graph(), float_steps(model)
+    for name, module in steps:
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            graph.other(name, module)
+        elif name in four_bits:
+            with naming(name):
+                add_int4_layer(graph, name, module, four_bits[name])
+        else:
+            bias = None if module.bias is None else graph.constant(f"{name}_bias", module.bias)
+            graph.layer(name, graph.constant(f"{name}_weight", module.weight), bias, module)
+    return graph.save(path, input_shape, nn.Sequential(*(module for _, module in steps)))
+
+
+def add_int4_layer(graph: Graph, name: str, layer: nn.Linear, attributes: dict) -> None:
+    """A MatMulNBits node: two integers a byte, the first in the lower half, 8 added so that none is negative."""
+    if layer.in_features % attributes["block_size"]:
+        raise ValueError(
+            f"group={attributes['block_size']} does not divide {layer.in_features} inputs; name it in skip"
+        )
+    q = choose_qparams(layer.weight, 4, group=attributes["block_size"])
+    marks = (quantize(layer.weight, q) + 8).to(torch.uint8).unflatten(1, (-1, attributes["block_size"]))
+    packed = marks[..., ::2] | marks[..., 1::2] << 4  # [O, groups, group / 2]
+    constants = graph.constant(f"{name}_packed", packed), graph.constant(f"{name}_scale", q.scale)
+    sizes = {"K": layer.in_features, "N": layer.out_features}
+    graph.add("MatMulNBits", name, *constants, domain="com.microsoft", **sizes, **attributes)
+    if layer.bias is not None:
+        graph.add("Add", f"{name}_add", graph.constant(f"{name}_bias", layer.bias))
+
+
+def write_int8_onnx(
+    network: IntegerNetwork, path: str | os.PathLike, input_shape: tuple[int, ...]
+) -> "onnx.ModelProto":
+    """Write an :class:`~course_lib.methods.integer.IntegerNetwork` in QDQ form: static, weights per channel.
+
+    Raises:
+        ValueError: an input shape that does not fit the network. OSError: the file cannot be written; it is named.
+    """
+    graph, grid = Graph(), network.x_q
+    graph.through_grid("images_grid", grid)
+    for name, step in network.steps:
+        if isinstance(step, IntegerLayer):
+            weight = graph.integers(f"{name}_weight", step.weight, step.w_q.scale)
+            # A bias has one step an output channel if the weights have; with one scale in all it is a scalar.
+            bias = graph.integers(f"{name}_bias", step.bias, step.x_q.scale.double() * step.w_q.scale.double())
+            graph.layer(name, weight, bias, step)
+            if step.relu:
+                graph.add("Relu", f"{name}_relu")
+            grid = step.y_q
+        else:
+            # The grid stays as it is; without saying so, the engine would leave the next layer in float32.
+            graph.other(name, step)
+        graph.through_grid(f"{name}_out", grid)
+    return graph.save(path, input_shape, network)
