@@ -7,6 +7,15 @@ from course_lib.lab.replicas import train, train_many
 from course_lib.lab.training import TrainConfig, accuracy, evaluate, logits_of
 
 __all__ = [
-    *("Lesson", "Split", "Splits", "TrainConfig", "accuracy", "build_model", "evaluate", "load_dataset", "logits_of"),
-    *("train", "train_many"),
+    "Lesson",
+    "Split",
+    "Splits",
+    "TrainConfig",
+    "accuracy",
+    "build_model",
+    "evaluate",
+    "load_dataset",
+    "logits_of",
+    "train",
+    "train_many",
 ]

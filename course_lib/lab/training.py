@@ -283,12 +283,15 @@ class BestEpoch:
 class progress_bar:
     """A bar for a person who watches, as a context manager that gives ``advance()``; silent in an unattended run."""
 
+    delay = 2.0
+    """Seconds after which a bar appears: what is over by then needs none."""
+
     def __init__(self, total: int, wanted: bool, what: str = "epochs"):
         self.bar = None
         if wanted and not (os.environ.get("CI") or os.environ.get("COURSE_UNATTENDED")):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, desc=what, leave=False, delay=2)
+            self.bar = tqdm(total=total, desc=what, leave=False, delay=self.delay)
 
     def __enter__(self) -> Callable[[], None]:
         return self.bar.update if self.bar is not None else lambda: None

@@ -3,75 +3,86 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-import course_lib.evidence.claims as claims
 from course_lib.evidence.claims import MIME, ClaimFailed, Ledger
+from course_lib.evidence.statistics import exactly, mean
+
+GAIN = mean([1.0, 2.0, 3.0], "points")
 
 
-@pytest.fixture
-def shown(monkeypatch):
-    bundles = []
-    monkeypatch.setattr("IPython.display.display", lambda data, raw=False: bundles.append(data))
-    return bundles
+def test_a_claim_stores_its_numbers_and_shows_itself():
+    made = Ledger("07.1", seed=3).claim("07.a", "A < B & C.", (GAIN > -1) & (exactly(4, "×") > 3))
+    data, _ = DisplayFormatter().format(made)
+    (record,) = data[MIME]["claims"]
+    assert (record["id"], record["lesson"], record["dataset"], record["profile"], record["seed"]) == (
+        *("07.a", "07.1", "digits", "quick", 3),
+    )
+    assert (record["status"], record["verdict"], record["measured"]) == ("holds", "held", "2.0 ± 2.5 points, 4×")
+    first, second = record["parts"]
+    assert first == dict(value=2.0, low=GAIN.low, high=GAIN.high, n=3, relation=">", bound=-1.0, unit="points")
+    assert (second["value"], second["n"], second["bound"]) == (4.0, 1, 3.0)
+    assert "<b>✓</b> A &lt; B &amp; C." in data["text/html"]
+    assert data["text/plain"] == "✓ A < B & C. [2.0 ± 2.5 points, 4×]"
 
 
-def test_close_stores_every_claim(shown):
+def test_an_undecided_claim_does_not_hold():
+    made = Ledger("07").claim("07.a", "It gains.", GAIN > 0)
+    assert (made.holds, made.verdict, made.status) == (False, "undecided", "fails")
+    assert Ledger("07").claim("07.a", "It gains much.", GAIN > 9).verdict == "not"
+
+
+def test_a_claim_again_replaces_itself():
     ledger = Ledger("07")
-    ledger.claim("07.a", "A < B & C.", holds=True, measured="1 ± 0.1")
+    ledger.claim("07.a", "So.", GAIN > 9)
+    ledger.claim("07.b", "Other.", GAIN > -9)
+    ledger.claim("07.a", "So.", GAIN > -9)
+    assert [(c.id, c.status) for c in ledger.claims] == [("07.a", "holds"), ("07.b", "holds")]
+    with pytest.raises(ValueError, match="stands for another sentence already: 'So.'"):
+        ledger.claim("07.a", "Not so.", GAIN > 0)
+
+
+def test_a_false_claim_fails_the_ledger():
+    ledger = Ledger("07")
+    with pytest.raises(ValueError, match="lesson 07 is empty"):
+        ledger.close()
+    ledger.claim("07.a", "True.", True, measured=1)
     ledger.close()
-    (record,) = shown[0][MIME]["claims"]
-    assert record["status"] == "holds"
-    assert (record["id"], record["chapter"], record["dataset"], record["profile"]) == ("07.a", "07", "digits", "quick")
-    assert "A &lt; B &amp; C." in shown[0]["text/html"]
-    assert "A < B & C." in shown[0]["text/plain"]
-
-
-def test_a_false_claim_fails_after_the_table_is_shown(shown):
-    ledger = Ledger("07")
-    ledger.claim("07.a", "True.", holds=True, measured=1)
-    ledger.claim("07.b", "Water is dry.", holds=False, measured="wet")
+    ledger.claim("07.b", "Water is dry.", False, measured="wet")
     with pytest.raises(ClaimFailed, match=r"(?s)1 of 2 claims.*07\.b: Water is dry\. \(measured: wet\)"):
         ledger.close()
-    assert [c["status"] for c in shown[0][MIME]["claims"]] == ["holds", "fails"]
 
 
 @pytest.mark.parametrize("where", [{"dataset": "mnist"}, {"profile": "full"}])
-def test_elsewhere_it_is_a_lesson(where, shown):
+def test_elsewhere_it_is_a_lesson(where):
     ledger = Ledger("07", **where)
-    assert ledger.claim("07.b", "Water is dry.", holds=False, measured="wet").status == "not here"
+    made = ledger.claim("07.b", "Water is dry.", holds=False, measured="wet")
+    assert made.status == "not here"
+    assert "does not hold here" in made._repr_mimebundle_()["text/html"]
     ledger.close()
-    assert "does not hold here" in shown[0]["text/html"]
 
 
-def test_hardware_that_is_not_there_does_not_fail(shown):
-    ledger = Ledger("07")
-    made = ledger.claim("07.v", "int8 is fast.", holds=False, measured="0.9×", hardware="VNNI", here=False)
+def test_hardware_that_is_not_there_does_not_fail():
+    made = Ledger("07").claim("07.v", "int8 is fast.", False, measured="0.9×", hardware="VNNI", here=False)
     assert (made.status, made.note) == ("not here", "needs VNNI")
-    ledger.close()
-    assert Ledger("07").claim("07.v", "int8 is fast.", holds=False, measured=1, hardware="VNNI").status == "fails"
+    assert "0.9×; needs VNNI" in made._repr_mimebundle_()["text/html"]
+    assert Ledger("07").claim("07.v", "int8 is fast.", False, measured=1, hardware="VNNI").status == "fails"
+
+
+def test_what_was_expected_and_not_seen_is_said():
+    made = Ledger("07").claim("07.e", "It gains nothing.", GAIN < 9, expected="a gain (somebody 2015)")
+    assert "Expected, not seen: a gain (somebody 2015)." in made._repr_mimebundle_()["text/html"]
 
 
 @pytest.mark.parametrize("truth", [True, np.bool_(True), torch.tensor(True)])
 def test_truth_values(truth):
-    assert Ledger("07").claim("07.a", "So.", holds=truth, measured=1).holds is True
+    assert Ledger("07").claim("07.a", "So.", truth, measured=1).holds is True
 
 
-def test_a_claim_shows_itself():
-    made = Ledger("07").claim("07.a", "A < B.", holds=True, measured="x")
-    data, _ = DisplayFormatter().format(made)
-    assert "✓ holds" in data["text/html"]
-    assert "A &lt; B." in data["text/html"]
-
-
-def test_bad_input_is_named(shown):
+def test_bad_input_is_named():
     ledger = Ledger("07")
-    ledger.claim("07.a", "Once.", holds=True, measured=1)
-    with pytest.raises(ValueError, match="already in the ledger"):
-        ledger.claim("07.a", "Twice.", holds=True, measured=1)
-    with pytest.raises(TypeError, match="must be a bool, got float"):
-        ledger.claim("07.b", "Half.", holds=0.5, measured=1)
+    with pytest.raises(TypeError, match="or a bool; got float"):
+        ledger.claim("07.b", "Half.", 0.5, measured=1)
+    with pytest.raises(TypeError, match="give measured="):
+        ledger.claim("07.b", "True.", True)
     with pytest.raises(ValueError, match="an id and a sentence"):
-        ledger.claim("07.c", " ", holds=True, measured=1)
-    with pytest.raises(ValueError, match="empty"):
-        Ledger("08").close()
-    assert len(ledger.claims) == 1
-    assert claims.MARKS.keys() == {"holds", "fails", "not here"}
+        ledger.claim("07.c", " ", True, measured=1)
+    assert ledger.claims == []

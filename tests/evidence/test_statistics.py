@@ -4,9 +4,14 @@ from scipy import stats
 
 from course_lib.evidence.statistics import (
     Interval,
+    Verdict,
+    difference,
+    exactly,
+    mean,
     mean_interval,
     paired_difference,
     proportion_interval,
+    ratio,
     ratio_interval,
 )
 
@@ -58,9 +63,65 @@ def test_wilson_against_its_formula():
     assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
 
 
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        (Interval(0.5, 0.25, 0.75, 0.95, 3), "0.5 ± 0.2"),
+        (Interval(35.12, 29.6, 40.64, n=3, unit="points"), "35.1 ± 5.5 points"),
+        (Interval(55.2, 43.2, 67.2, n=3, unit="points"), "55 ± 12 points"),
+        (Interval(2.45, 2.38, 2.52, n=3, unit="×"), "2.45 ± 0.07×"),
+        (Interval(1.0, 1.0, 1.0, n=3), "1.00 ± 0.00"),
+        (exactly(202896, "bytes"), "202,896 bytes"),
+        (exactly(3.961, "×"), "3.96×"),
+    ],
+)
+def test_an_interval_shows_the_digits_that_it_is_worth(interval, text):
+    assert str(interval) == f"{interval}" == text
+
+
 def test_formats():
     interval = Interval(0.5, 0.25, 0.75, 0.95, 3)
-    assert (str(interval), f"{interval:.1%}", f"{interval:+.2f}") == ("0.5 ± 0.25", "50.0 ± 25.0 %", "+0.50 ± 0.25")
+    assert (f"{interval:.1%}", f"{interval:+.2f}") == ("50.0 ± 25.0 %", "+0.50 ± 0.25")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status"),
+    [
+        (Interval(2, 1, 3) > 0.9, "held"),
+        (Interval(2, 1, 3) > 1, "undecided"),
+        (Interval(2, 1, 3) >= 1, "held"),
+        (Interval(2, 1, 3) > 3, "not"),
+        (Interval(2, 1, 3) >= 3, "undecided"),
+        (Interval(2, 1, 3) < 3, "undecided"),
+        (Interval(2, 1, 3) <= 3, "held"),
+        (Interval(2, 1, 3) < 3.1, "held"),
+        (Interval(2, 1, 3) < 1, "not"),
+        (Interval(2, 1, 3) <= 1, "undecided"),
+        ((Interval(2, 1, 3) > 0) & (exactly(4) > 3), "held"),
+        ((Interval(2, 1, 3) > 0) & (exactly(4) > 5), "not"),
+        ((Interval(2, 1, 3) > 2) & (exactly(4) > 3), "undecided"),
+    ],
+)
+def test_a_verdict_is_true_only_if_all_of_the_interval_is_beyond(verdict, status):
+    assert isinstance(verdict, Verdict)
+    assert verdict.status == status
+    assert bool(verdict) == (status == "held")
+
+
+def test_a_verdict_knows_what_was_measured():
+    both = (difference([3.0, 4.0, 5.0], [2.0, 3.0, 4.5]) > 0) & (exactly(3.96, "×") > 3)
+    assert both.measured == "0.8 ± 0.7 points, 3.96×"
+    assert str(both) == "held: 0.8 ± 0.7 points > 0, 3.96× > 3"
+
+
+def test_the_short_names_are_the_intervals():
+    a, b = [3.0, 5.0, 4.0, 4.4], [4.0, 6.0, 5.0, 5.0]
+    for short, long, unit in (
+        (mean(a), mean_interval(a), "%"),
+        (difference(a, b), paired_difference(a, b), "points"),
+        (ratio(a, b), ratio_interval(a, b), "×"),
+    ):
+        assert (short.mean, short.low, short.high, short.n, short.unit) == (long.mean, long.low, long.high, 4, unit)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +171,7 @@ def test_a_ratio_of_constants_is_exact():
     ("y", "x", "text"),
     [
         ([1.0, 2.0, 3.0], [1.0, 2.0], "3 and 2 values do not make pairs"),
-        ([1.0, 2.0, 3.0], [-1.0, 0.1, 1.0], "not to be told from 0 at level 0.95: any ratio fits"),
+        ([1.0, 2.0, 3.0], [-1.0, 0.1, 1.0], "cannot be told from 0 at 0.95: any ratio fits"),
         ([1.0], [1.0], "at least two values"),
         ([1.0, np.inf], [1.0, 2.0], "finite"),
     ],

@@ -3,7 +3,7 @@ import pytest
 import torch
 from data_files import IDX_NAMES, cifar_files, idx_arrays, idx_bytes, idx_files, write
 
-from course_lib.lab.data import DataError, Split, load_dataset
+from course_lib.lab.data import DataError, Split, Splits, load_dataset, load_replicas
 
 
 @pytest.fixture
@@ -198,8 +198,8 @@ def test_where_the_root_comes_from(mnist, tmp_path_factory, monkeypatch):
     assert len(load_dataset("mnist", root=elsewhere.name, download=False).test) == 10
 
     monkeypatch.setenv("COURSE_DATA", "")
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda app, appauthor: elsewhere / "cache" / app)
-    with pytest.raises(DataError, match=r"cache.compression-course.data"):
+    monkeypatch.setenv("COURSE_CACHE", str(elsewhere / "cache"))
+    with pytest.raises(DataError, match=r"with space.*cache.data"):
         load_dataset("mnist", download=False)
 
 
@@ -254,3 +254,47 @@ def test_a_split_checks_what_it_holds():
         Split(images, labels[:1])
     with pytest.raises(ValueError, match=r"images .N, C, H, W."):
         Split(images[0], labels)
+
+
+def test_every_replica_draws_its_own_split_of_the_digits():
+    data = load_replicas(replicas=4, seed=7)
+    assert (len(data.train), data.train.images_each, data.test.images_each, len(data.val)) == (4, 1257, 270, 270)
+    everything = sorted(rows(data.train.pool, data, 16))
+    for train, test in zip(data.train, data.test, strict=True):
+        assert sorted(rows(train, data, 16) + rows(test, data, 16) + rows(data.val, data, 16)) == everything
+        assert torch.bincount(test.labels).min() >= 26
+    assert not torch.equal(data.train.index[0], data.train.index[1])
+    assert set(data.test.index[0].tolist()) != set(data.test.index[1].tolist())
+    # More replicas repeat the first; another seed draws others, from the same images without the validation set.
+    assert torch.equal(load_replicas(replicas=2, seed=7).train.index, data.train.index[:2])
+    other = load_replicas(replicas=4, seed=8)
+    assert not torch.equal(other.train.index, data.train.index)
+    assert torch.equal(other.val.images, data.val.images)
+    # The scale of the pixels is that of the validation images, which no replica trains on or is tested on.
+    torch.testing.assert_close(data.val.images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.val.images.std(unbiased=False), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_with_a_fixed_test_set_each_replica_draws_training_images(mnist):
+    data = load_replicas("mnist", 3, root=mnist)
+    assert (data.train.images_each, len(data.val), len(data.test)) == (144, 20, 30)  # four fifths of 180
+    val = set(rows(data.val, data))
+    for train in data.train:
+        assert len(set(rows(train, data))) == 144
+        assert val.isdisjoint(rows(train, data))
+    assert load_replicas("mnist", 1, root=mnist, most=50).train.images_each == 50
+    assert load_replicas("mnist", 1, root=mnist, most=None).train.images_each == 144
+    with pytest.raises(ValueError, match="replicas must be at least 1, got 0"):
+        load_replicas(replicas=0)
+
+
+def test_splits_are_a_sequence():
+    pool = Split(torch.arange(6.0).view(6, 1, 1, 1), torch.arange(6))
+    splits = Splits(pool, torch.tensor([[5, 0, 2], [1, 3, 4]]))
+    assert [s.labels.tolist() for s in splits] == splits.labels.tolist() == [[5, 0, 2], [1, 3, 4]]
+    assert (len(splits[:1]), splits[-1].images.flatten().tolist()) == (1, [1.0, 3.0, 4.0])
+    assert splits.subset([True, False, True]).labels.tolist() == [[5, 2], [1, 4]]
+    with pytest.raises(ValueError, match="this split has 3 images"):
+        splits.subset([3])
+    with pytest.raises(ValueError, match=r"int64 \[replicas, images\]"):
+        Splits(pool, torch.tensor([0]))

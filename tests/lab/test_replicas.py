@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from course_lib.lab.data import Splits
 from course_lib.lab.models import build_model
-from course_lib.lab.replicas import fit_replicas
+from course_lib.lab.replicas import fit_replicas, train, train_many
 from course_lib.lab.training import DivergedError, TrainConfig, evaluate, fit
 
 CONFIG = TrainConfig(epochs=2, batch_size=50)
@@ -119,10 +120,6 @@ def test_bad_input_is_named(few, digits):
     one = make("mlp8")(0)
     with pytest.raises(ValueError, match="same object twice"):
         fit_replicas(lambda s: one, [0, 1], few)
-    with pytest.raises(ValueError, match=r"1: a BatchNorm with momentum=None"):
-        fit_replicas(
-            lambda s: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, momentum=None), nn.Linear(64, 10)), [0], few
-        )
     with pytest.raises(ValueError, match=r"settings\['T'\].*2 seeds.*\(3,\)"):
         fit_replicas(make("mlp8"), [0, 1], few, settings={"T": torch.ones(3)})
     with pytest.raises(ValueError, match="1 splits for 2 seeds"):
@@ -135,13 +132,94 @@ def test_bad_input_is_named(few, digits):
         fit_replicas(lambda s: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), [0], few)
 
 
-def test_what_cannot_be_batched_says_so(few):
-    def branching(logits, labels):
-        loss = F.cross_entropy(logits, labels)
-        return loss if loss.item() > 0 else -loss
+def branching(logits, labels):
+    loss = F.cross_entropy(logits, labels)
+    return loss if loss.item() > 0 else -loss
 
-    with pytest.raises(ValueError, match="cannot be batched over replicas; train it with fit"):
-        fit_replicas(make("mlp8"), [0, 1], few, CONFIG, loss_fn=branching)
+
+def averaging(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, momentum=None), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize(("made", "loss"), [(make("mlp8"), branching), (averaging, None)])
+def test_what_vmap_cannot_map_is_trained_one_after_another(few, made, loss):
+    together = fit_replicas(made, [0, 1], few, CONFIG, loss_fn=loss)
+    for seed, model in enumerate(together):
+        alone = made(seed)
+        fit(alone, few, CONFIG, loss_fn=loss, seed=seed)
+        for key, tensor in alone.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False), nn.Linear(64, 10)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x.flatten(1)).relu()).relu())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_share_a_weight_stay_tied(few, frozen):
+    torch.manual_seed(0)
+    start = Tied()
+    start.a.weight.requires_grad_(not frozen)
+    together = fit_replicas(lambda s: copy.deepcopy(start), [0, 1], few, CONFIG)
+    for seed, model in enumerate(together):
+        alone = copy.deepcopy(start)
+        fit(alone, few, CONFIG, seed=seed)
+        assert model.a.weight is model.b.weight
+        torch.testing.assert_close(model.a.weight, alone.a.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.c.weight, alone.c.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_large_convolutions_are_not_batched(monkeypatch, few):
+    from course_lib.lab import replicas
+
+    image = few.images[:1]
+    macs = {n: replicas.convolution_macs(make(n)(0), image) for n in ("mlp32", "cnn_student", "cnn_teacher")}
+    # Weights of each kernel, times the positions of its output.
+    assert macs == {
+        "mlp32": 0,
+        "cnn_student": 72 * 64 + 8 * 9 * 16 * 16,
+        "cnn_teacher": 64 * (288 + 18432) + 16 * 36864,
+    }
+    assert macs["cnn_student"] < replicas.LARGEST_BATCHED_CONV < macs["cnn_teacher"]
+    monkeypatch.setattr(replicas, "vmap", lambda *a, **k: pytest.fail("batched"))
+    fit_replicas(make("cnn_teacher"), [0, 1], few, TrainConfig(epochs=1))
+
+
+def test_train_many_pairs_seeds_splits_and_starts(few):
+    splits = Splits(few, torch.stack([torch.randperm(130)[:60] for _ in range(3)]))
+    ours = train_many("mlp8", splits, [5, 6], start=[8, 9], epochs=2, lr=0.01)
+    for r, (seed, start) in enumerate([(5, 8), (6, 9)]):
+        alone = make("mlp8")(start)
+        fit(alone, splits[r], TrainConfig(epochs=2, lr=0.01), seed=seed)
+        torch.testing.assert_close(ours[r].fc1.weight, alone.fc1.weight, rtol=1e-4, atol=1e-5)
+    more = train_many(ours, splits, [5, 6], config=CONFIG)
+    assert more[0] is not ours[0]
+    assert not torch.equal(more[0].fc1.weight, ours[0].fc1.weight)
+    one = train("mlp8", few, 5, epochs=1)
+    (many,) = train_many("mlp8", few, [5], epochs=1)
+    torch.testing.assert_close(one.fc1.weight, many.fc1.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda s: train_many("mlp8", s, [0, 1, 2, 3]), ValueError, "4 seeds, but the data has splits for 2"),
+        (lambda s: train_many("mlp8", s, [0, 1], start=[0]), ValueError, "1 start seeds for 2 seeds"),
+        (lambda s: train_many([make("mlp8")(0)], s, [0, 1]), ValueError, "1 networks for 2 seeds"),
+        (lambda s: train_many("mlp8", s, [0, 1], epoch=1), TypeError, "no epoch; it has epochs, batch_size"),
+        (lambda s: train_many("mlp8", s, [0, 1], config=CONFIG, lr=1), TypeError, "not both"),
+    ],
+)
+def test_train_many_names_what_does_not_fit(few, call, error, text):
+    with pytest.raises(error, match=text):
+        call(Splits(few, torch.tensor([[0, 1, 2], [3, 4, 5]])))
 
 
 def test_nan_stops_with_the_step(few):

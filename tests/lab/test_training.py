@@ -6,10 +6,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course_lib.lab.data import Split
-from course_lib.lab.loop import BestEpoch, epoch_batches
+from course_lib.lab.data import Split, Splits
 from course_lib.lab.models import build_model
-from course_lib.lab.training import DivergedError, TrainConfig, evaluate, fit
+from course_lib.lab.training import (
+    BestEpoch,
+    DivergedError,
+    TrainConfig,
+    accuracy,
+    epoch_batches,
+    evaluate,
+    fit,
+    logits_of,
+    use_threads,
+)
 
 
 def mlp(seed=0):
@@ -142,9 +151,50 @@ def test_nan_stops_with_the_step(few):
         fit(mlp(), few, TrainConfig(epochs=2), loss_fn=loss)
 
 
+def test_a_last_image_that_is_left_over_joins_the_batch_before(few):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    history = fit(net, few.subset(range(129)), TrainConfig(epochs=1, batch_size=64))
+    assert history.steps == TrainConfig(epochs=1, batch_size=64).steps(129) == 2
+    assert [len(b) for b in epoch_batches(129, 64, 0, 0)] == [64, 65]
+    assert [len(b) for b in epoch_batches(3, 1, 0, 0)] == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"batch of 1: use a batch_size of at least 2"):
+        fit(net, few, TrainConfig(epochs=1, batch_size=1))
+
+
+def test_each_model_meets_its_own_split(few):
+    models, splits = [mlp(0), mlp(1)], Splits(few, torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    expected = [100 * evaluate(m, few.subset(range(3 * r, 3 * r + 3))).accuracy for r, m in enumerate(models)]
+    assert accuracy(models, splits).tolist() == accuracy(iter(models), splits).tolist() == expected
+    assert accuracy(models, few).tolist() == [100 * evaluate(m, few).accuracy for m in models]
+    assert accuracy(models[0], few).shape == (1,)
+    assert torch.equal(logits_of(models, splits)[1], evaluate(models[1], splits[1]).logits)
+    with pytest.raises(ValueError, match=r"1 models and 2 splits.*split\[:1\]"):
+        accuracy(models[:1], splits)
+    with pytest.raises(ValueError, match="models is empty"):
+        accuracy([], few)
+    with pytest.raises(TypeError, match="one Split, such as data.train"):
+        evaluate(models[0], splits)
+
+
+def test_threads_are_wanted_and_no_more(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+        for given, wanted, found in (("", 3, 3), ("2,4", 3, 2), ("x", 2, 2), ("0", 2, 2), ("16", 9, 8)):
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+            assert use_threads(wanted) == torch.get_num_threads() == found
+        with pytest.raises(ValueError, match="whole number of at least 1, got 0"):
+            use_threads(0)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_bar_only_for_a_person(few, monkeypatch, capsys):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("COURSE_UNATTENDED", raising=False)
+    fit(mlp(), few, TrainConfig(epochs=1), progress=True)
+    assert capsys.readouterr().err == ""  # over before a bar would help
+    monkeypatch.setattr("course_lib.lab.training.progress_bar.delay", 0)
     fit(mlp(), few, TrainConfig(epochs=1), progress=True)
     assert "epochs" in capsys.readouterr().err
     monkeypatch.setenv("COURSE_UNATTENDED", "1")
@@ -184,5 +234,7 @@ def test_bad_input_is_named(few):
         fit(mlp(), few, loss_fn=3)
     with pytest.raises(ValueError, match="nothing to train"):
         fit(mlp().requires_grad_(False), few)
+    with pytest.raises(ValueError, match="a lazy layer"):
+        fit(nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), few)
     with pytest.raises(ValueError, match=r"logits \[N, K\]"):
         fit(nn.Conv2d(1, 1, 1), few)
