@@ -81,11 +81,9 @@ class Lesson:
         train, test = self.data.train.images_each, self.data.test
         fixed = isinstance(test, Split)
         each = f"its own {train:,} training" + ("" if fixed else f" and {test.images_each:,} test") + " images"
-        shared = (
-            f"{len(self.data.val):,} validation" + (f" and {len(test):,} test" if fixed else "") + " images for all"
-        )
+        common = f"{len(self.data.val):,} validation" + (f" and {len(test):,} test" if fixed else "")
         few = "" if len(self.data.train.pool) >= FEWEST_IMAGES else (
             f"\nThat is fewer than the {FEWEST_IMAGES:,} training images that the course is made for: "
             "intervals will be wide, and some claims will not hold."
         )  # fmt: skip
-        return f"{self.dataset}: {len(self.seeds)} replicas, each with {each}; {shared}; ± covers {self.covers}{few}"
+        return f"{self.dataset}: {len(self.seeds)} replicas, each with {each}; {common} images for all; ± covers {self.covers}{few}"

@@ -58,7 +58,7 @@ def test_band_refuses_a_wrong_table(ax):
 
 
 def test_curves_have_a_line_each_and_a_legend(ax, shown):
-    curves = {"a": np.random.rand(4, 2), "b": np.random.rand(4, 2)}
+    curves = dict(zip("ab", np.random.default_rng(0).random((2, 4, 2)), strict=True))
     plots.plot_curves([1, 10], curves, alt="", xlabel="x", xscale="log", line={"dense": 0.5}, ax=ax)
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b", "dense"]
     assert (ax.get_xlabel(), ax.get_xscale(), shown) == ("x", "log", [])

@@ -10,7 +10,7 @@ SCORES = {"dense": [97.0, 98.0, 96.0], "pruned": [96.0, 97.5, 95.5]}
 
 def test_each_row_is_the_mean_and_the_paired_difference():
     table = compare(SCORES, against="dense", decimals=2, covers="seeds")
-    assert table.loc["pruned", "test accuracy (%)"] == f"{mean(SCORES['pruned'], ''):.2f}" == "96.33 ± 2.58"
+    assert table.loc["pruned", "test accuracy (%)"] == f"{mean(SCORES['pruned'], ''):.2f}" == "96.33 ± 2.59"
     gain = difference(SCORES["pruned"], SCORES["dense"], "")
     assert table["against dense (points)"].tolist() == ["", f"{gain:+.2f}"]
     assert table.columns.name == "3 replicas, 95 %, ± covers seeds"

@@ -93,8 +93,8 @@ def test_best_epoch_is_chosen_on_validation_only(few, digits):
 
 def test_ties_go_to_the_lower_loss_then_to_the_earlier_epoch():
     best, model = BestEpoch(), mlp()
-    for epoch, (accuracy, loss) in enumerate([(0.5, 1.0), (0.5, 0.9), (0.5, 0.9), (0.4, 0.1)]):
-        best.offer(epoch, accuracy, loss, model)
+    for epoch, (share, loss) in enumerate([(0.5, 1.0), (0.5, 0.9), (0.5, 0.9), (0.4, 0.1)]):
+        best.offer(epoch, share, loss, model)
     assert best.epoch == 1
 
 
@@ -172,7 +172,7 @@ def test_each_model_meets_its_own_split(few):
         accuracy(models[:1], splits)
     with pytest.raises(ValueError, match="models is empty"):
         accuracy([], few)
-    with pytest.raises(TypeError, match="one Split, such as data.train"):
+    with pytest.raises(TypeError, match="one Split, such as data"):
         evaluate(models[0], splits)
 
 
