@@ -1,70 +1,239 @@
-"""What was lost besides a digit of accuracy? One door to the audit's rooms.
+"""What was lost besides a digit of accuracy: classes, single answers, exemplars, robustness, and where a network looks.
 
-Classes (:mod:`.classes`), exemplars (:mod:`.exemplars`), churn (:mod:`.churn`), robustness (:mod:`.corruption`), where
-the network looks (:mod:`.saliency`, :mod:`.map_agreement`), and whether it was worth it (:mod:`.pareto`).
+Answers are predicted labels, int64 [R, N]: row r is replica r, column n an image. ``labels`` are [N], or [R, N] where
+each replica has images of its own. Scores are float64 arrays in percent, one number a replica, for
+:func:`~course_lib.evidence.statistics.mean` and :func:`~course_lib.evidence.statistics.difference`.
 """
 
-from course_lib.evidence.churn import Flips, agreement, churn, flips, pairwise_churn
-from course_lib.evidence.classes import ClassChange, adjust_p_values, class_accuracy, class_change
-from course_lib.evidence.corruption import CORRUPTIONS, Corruption, corrupt, robustness_curve
-from course_lib.evidence.exemplars import (
-    ExemplarControl,
-    Exemplars,
-    Forgotten,
-    exemplar_control,
-    find_exemplars,
-    forgotten,
-    modal_label,
-    predict_labels,
-)
-from course_lib.evidence.map_agreement import rank_correlation, top_k_chance, top_k_overlap
-from course_lib.evidence.pareto import Dominance, dominates, dominates_surely, pareto_front
-from course_lib.evidence.saliency import (
-    MAPS,
-    completeness_gap,
-    gradient_input_map,
-    gradient_map,
-    integrated_gradient_map,
-    occlusion_map,
-    reset_layers,
-    smooth_gradient_map,
-)
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-__all__ = [
-    "CORRUPTIONS",
-    "MAPS",
-    "ClassChange",
-    "Corruption",
-    "Dominance",
-    "ExemplarControl",
-    "Exemplars",
-    "Flips",
-    "Forgotten",
-    "adjust_p_values",
-    "agreement",
-    "churn",
-    "class_accuracy",
-    "class_change",
-    "completeness_gap",
-    "corrupt",
-    "dominates",
-    "dominates_surely",
-    "exemplar_control",
-    "find_exemplars",
-    "flips",
-    "forgotten",
-    "gradient_input_map",
-    "gradient_map",
-    "integrated_gradient_map",
-    "modal_label",
-    "occlusion_map",
-    "pairwise_churn",
-    "pareto_front",
-    "predict_labels",
-    "rank_correlation",
-    "reset_layers",
-    "robustness_curve",
-    "smooth_gradient_map",
-    "top_k_chance",
-    "top_k_overlap",
-]
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from course_lib.evidence.statistics import Interval, difference
+from course_lib.gate import eval_mode, whole_number
+
+__all__ = ["ClassChange", "Exemplars", "churn", "class_changes", "class_recall", "exemplar_control", "find_exemplars"]
+__all__ += ["map_agreement", "noise_curve", "occlusion_map"]
+
+
+def class_recall(answers: Tensor, labels: Tensor) -> np.ndarray:
+    """Share of each class's images that a replica answers right, percent [R, K]; NaN where it has none of a class.
+
+    >>> class_recall(torch.tensor([[0, 1, 1], [0, 0, 1]]), torch.tensor([0, 0, 1])).tolist()
+    [[50.0, 100.0], [100.0, 100.0]]
+    """
+    (answers,), labels = _checked(labels, answers)
+    right, classes = answers == labels, range(int(labels.max()) + 1)
+    shares = [torch.where(labels == k, right.double(), torch.nan).nanmean(dim=1) for k in classes]
+    return 100 * torch.stack(shares, dim=1).numpy()
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """What compression did to one class: mean recall ``before`` and ``after`` in percent, and what it changed.
+
+    ``change`` is after − before, replica by replica; ``relative`` is that minus the change over all images: below 0
+    the class lost more than the whole. ``p_value`` is of ``relative`` being 0 (paired t test), and may be compared
+    with 0.05 although all classes were looked at (Holm 1979).
+    """
+
+    index: int
+    before: float
+    after: float
+    change: Interval
+    relative: Interval
+    p_value: float
+
+
+def class_changes(before: Tensor, after: Tensor, labels: Tensor) -> list[ClassChange]:
+    """What compression changed class by class, and whether a class lost more than its share.
+
+    Row r of ``before`` and of ``after`` are the same seed. Replicas are the sample, not images: what one gets wrong,
+    the others mostly get wrong too (Hooker et al. 2019, section 3.1, there unpaired).
+
+    >>> labels = torch.tensor([0, 0, 1, 1])
+    >>> dense = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]])
+    >>> small = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    >>> [(c.change.mean, round(c.relative.mean, 1)) for c in class_changes(dense, small, labels)]
+    [(0.0, 33.3), (-66.66666666666667, -33.3)]
+    """
+    from scipy import stats
+
+    (before, after), labels = _checked(labels, before, after)
+    old, new = class_recall(before, labels), class_recall(after, labels)
+    overall = 100 * ((after == labels).double() - (before == labels).double()).mean(dim=1).numpy()
+    rows = []
+    for index in range(old.shape[1]):
+        kept = ~np.isnan(old[:, index])
+        if kept.sum() < 2:
+            raise ValueError(f"class {index} needs images in at least two replicas, it has them in {kept.sum()}")
+        one, two, total = old[kept, index], new[kept, index], overall[kept]
+        change, relative = difference(two, one), difference(two - one, total)
+        constant = np.ptp(two - one - total) < 1e-9  # t is not defined: then the sign test's p
+        p = (2.0 ** (1 - len(one)) if abs(relative.mean) > 1e-9 else 1.0) if constant else None
+        p = float(stats.ttest_1samp(two - one - total, 0.0).pvalue) if p is None else p
+        rows.append((index, float(one.mean()), float(two.mean()), change, relative, p))
+    order = np.argsort([row[-1] for row in rows], kind="stable")
+    stepped = np.maximum.accumulate([rows[i][-1] * (len(rows) - place) for place, i in enumerate(order)])
+    adjusted = dict(zip(order, np.minimum(stepped, 1.0), strict=True))
+    return [ClassChange(*row[:-1], float(adjusted[row[0]])) for row in rows]
+
+
+def churn(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+    """Answers that changed, in percent of the images, one number a replica [R]: accuracy may stand still meanwhile.
+
+    ``"broken"``: right → wrong; ``"repaired"``: wrong → right; ``"otherwise"``: wrong → otherwise wrong; ``"changed"``:
+    all of them (Milani Fard et al. 2016).
+
+    >>> found = churn(torch.tensor([[0, 1, 2, 0]]), torch.tensor([[0, 0, 3, 3]]), torch.tensor([0, 1, 3, 1]))
+    >>> {name: share.tolist() for name, share in found.items()}
+    {'broken': [25.0], 'repaired': [25.0], 'otherwise': [25.0], 'changed': [75.0]}
+    """
+    (before, after), labels = _checked(labels, before, after)
+    was, now, moved = before == labels, after == labels, before != after
+    kinds = {"broken": was & ~now, "repaired": ~was & now, "otherwise": ~was & ~now & moved, "changed": moved}
+    return {name: 100 * kind.double().mean(dim=1).numpy() for name, kind in kinds.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplars:
+    """Images on which two populations part, by what it means, each the furthest apart first: int64 positions [M].
+
+    ``broken``: only the first population's most frequent answer is right; ``repaired``: only the second's;
+    ``otherwise``: neither's.
+    """
+
+    broken: Tensor
+    repaired: Tensor
+    otherwise: Tensor
+
+    def __len__(self) -> int:
+        return len(self.broken) + len(self.repaired) + len(self.otherwise)
+
+
+def find_exemplars(before: Tensor, after: Tensor, labels: Tensor) -> Exemplars:
+    """Compression-identified exemplars (Hooker et al. 2019, section 3.2): images whose most frequent answer changed.
+
+    Both populations [R, N] answer the same N images with equally many replicas: fewer replicas scatter more and would
+    make more exemplars by themselves. Where answers tie, an image counts only if no answer leads in both.
+
+    >>> before = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 0, 5]])
+    >>> after = torch.tensor([[1, 0, 5], [7, 0, 3], [1, 2, 3]])
+    >>> find_exemplars(before, after, torch.tensor([1, 2, 3])).broken.tolist()
+    [1]
+    """
+    (before, after), labels = _checked(labels, before, after)
+    if (labels != labels[:1]).any():
+        raise ValueError("exemplars need the same images for all replicas: labels [N], or equal rows")
+    classes = int(max(before.max(), after.max(), labels.max())) + 1
+    first, second = (nn.functional.one_hot(answers, classes).sum(dim=0) for answers in (before, after))
+    lead, other = (counts == counts.max(dim=1, keepdim=True).values for counts in (first, second))
+    parted = ~(lead & other).any(dim=1)
+    order = torch.argsort(-(first - second).abs().sum(dim=1), stable=True)
+    was, now = (leading.gather(1, labels[0][:, None])[:, 0] for leading in (lead, other))
+    kinds = (was & ~now, now & ~was, ~was & ~now)
+    return Exemplars(*(order[(parted & kind)[order]] for kind in kinds))
+
+
+def exemplar_control(before: Tensor, after: Tensor, labels: Tensor, *, draws: int = 200, seed: int = 0) -> dict:
+    """How many exemplars of each kind there are, and how many seeds alone would make: equal numbers on both sides.
+
+    Each draw takes a random half of the first population against its other half (``"seeds"``), and against the second
+    population's replicas of that other half (``"compressed"``): the same design with compression added.
+
+    Returns:
+        ``{"seeds": {"broken": mean count, "repaired": ..., "otherwise": ...}, "compressed": {...}}``. Draws share
+        replicas, so that their scatter gives no interval.
+    """
+    (before, after), labels = _checked(labels, before, after)
+    half, generator = len(before) // 2, torch.Generator().manual_seed(seed)
+    counts: dict[str, list] = {"seeds": [], "compressed": []}
+    for _ in range(whole_number(draws, "draws")):
+        order = torch.randperm(len(before), generator=generator)
+        one, two = order[:half], order[half : 2 * half]
+        for name, population in (("seeds", before), ("compressed", after)):
+            found = find_exemplars(before[one], population[two], labels[one])
+            counts[name].append([len(found.broken), len(found.repaired), len(found.otherwise)])
+    kinds = ("broken", "repaired", "otherwise")
+    return {name: dict(zip(kinds, np.mean(rows, axis=0).tolist(), strict=True)) for name, rows in counts.items()}
+
+
+def noise_curve(models: Iterable[nn.Module], split, severities: Sequence[float], *, seed: int = 0) -> np.ndarray:
+    """Accuracy in percent [R, S] under Gaussian noise of S standard deviations, in units of the normalised images.
+
+    Every replica and severity meets the same draw, amplified, so that a curve has no jitter of its own.
+
+    Args:
+        split: something with ``images`` and ``labels``, or a sequence of them, one a replica.
+    """
+    models = list(models)
+    splits = [split] * len(models) if hasattr(split, "images") else list(split)
+    rows = []
+    for model, own in zip(models, splits, strict=True):
+        noise = torch.randn(own.images.shape, generator=torch.Generator().manual_seed(seed))
+        with eval_mode(model), torch.no_grad():
+            right = [model(own.images + s * noise).argmax(dim=1) == own.labels for s in severities]
+        rows.append([100 * found.double().mean().item() for found in right])
+    return np.array(rows)
+
+
+def occlusion_map(model: nn.Module | Callable, images: Tensor, target: Tensor, *, size=2, stride=1) -> Tensor:
+    """How far the target's logit falls when a square is covered (Zeiler & Fergus 2014): no gradient is needed.
+
+    Args:
+        model: gives logits [N, K]; a module, or any function (an int8 runtime, say).
+        images: [N, C, H, W]; squares are covered with each channel's smallest value among them.
+        target: int64 [N], the class to explain for each image.
+        size, stride: of the square, in pixels; the last square of a line ends at the edge.
+
+    Returns:
+        [N, H, W], in logits: at each pixel the mean over the squares that covered it.
+    """
+    (height, width), rows = images.shape[2:], torch.arange(len(images))
+    if not 1 <= stride <= size <= min(height, width):
+        raise ValueError(f"1 <= stride <= size <= {min(height, width)} pixels is needed, got {stride} and {size}")
+    dark = images.amin(dim=(0, 2, 3), keepdim=True)
+    total, times = images.new_zeros(len(images), height, width), images.new_zeros(height, width)
+    with eval_mode(model if isinstance(model, nn.Module) else nn.Identity()), torch.no_grad():
+        before = model(images)[rows, target]
+        for top in [*range(0, height - size, stride), height - size]:
+            for left in [*range(0, width - size, stride), width - size]:
+                where = (..., slice(top, top + size), slice(left, left + size))
+                covered = images.clone()
+                covered[where] = dark
+                total[where] += (before - model(covered)[rows, target])[:, None, None]
+                times[where] += 1
+    return total / times
+
+
+def map_agreement(a: Tensor, b: Tensor) -> np.ndarray:
+    """Spearman's rank correlation of two maps of each image [N, H, W]: float64 [N] in [−1, 1]; NaN for a constant map.
+
+    >>> map_agreement(torch.tensor([[[1.0, 2.0, 2.0, 9.0]]]), torch.tensor([[[0.0, 3.0, 3.0, 4.0]]])).round(9).tolist()
+    [1.0]
+    """
+    from scipy import stats
+
+    if a.shape != b.shape or a.dim() < 2:
+        raise ValueError(f"a and b must be maps of one shape [N, H, W], got {tuple(a.shape)} and {tuple(b.shape)}")
+    first, second = (stats.rankdata(maps.detach().double().flatten(1).numpy(), axis=1) for maps in (a, b))
+    first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that a constant map deserves
+        return (first * second).sum(axis=1) / np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+
+
+def _checked(labels: Tensor, *answers: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Answers [R, N] each, and labels [R, N], as int64 tensors that fit each other."""
+    tables = [torch.as_tensor(table) for table in answers]
+    labels = torch.as_tensor(labels)
+    shapes = ", ".join(str(tuple(table.shape)) for table in (*tables, labels))
+    first = tables[0]
+    fits = all(t.dim() == 2 and t.numel() and t.shape == first.shape for t in tables)
+    if not fits or labels.shape not in (first.shape, first.shape[1:]):
+        raise ValueError(f"answers must be [R, N] with the same replicas, labels [N] or [R, N]; got {shapes}")
+    if any(table.is_floating_point() or table.dtype is torch.bool or table.min() < 0 for table in (*tables, labels)):
+        raise TypeError("answers and labels must be class numbers from 0, not shares or logits: take argmax first")
+    return [table.long() for table in tables], labels.long().expand(first.shape)

@@ -1,20 +1,255 @@
-import importlib
+"""What was lost: classes, answers, exemplars in both directions, robustness, explanations."""
 
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torchmetrics.functional.classification import multiclass_recall
 
-from course_lib.evidence import audit
+from course_lib.evidence.audit import (
+    churn,
+    class_changes,
+    class_recall,
+    exemplar_control,
+    find_exemplars,
+    map_agreement,
+    noise_curve,
+    occlusion_map,
+)
 
-ROOMS = ("classes", "exemplars", "churn", "corruption", "saliency", "map_agreement", "pareto")
+
+def population(replicas=8, images=120, classes=4, error=0.2, seed=0):
+    """Labels, and answers that are wrong independently."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(images) % classes
+    wrong = torch.rand(replicas, images, generator=g) < error
+    return torch.where(wrong, (labels + 1) % classes, labels.expand(replicas, -1)), labels
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_door_opens_to_everything_public(room):
-    module = importlib.import_module(f"course_lib.evidence.{room}")
-    for name in set(module.__all__) - {"check_predictions"}:
-        assert name in audit.__all__
-        assert getattr(audit, name) is getattr(module, name)
+def draw(replicas=6, images=80, classes=3, seed=0):
+    return torch.randint(classes, (replicas, images), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_list_names_what_is_there():
-    assert sorted(audit.__all__) == sorted(set(audit.__all__))
-    assert all(hasattr(audit, name) for name in audit.__all__)
+# Classes
+
+
+def test_recall_is_torchmetrics():
+    answers, labels = population()
+    for row, found in zip(answers, class_recall(answers, labels), strict=True):
+        wanted = multiclass_recall(row, labels, num_classes=4, average=None)
+        np.testing.assert_allclose(found, 100 * wanted.numpy(), rtol=1e-6)
+
+
+def test_each_replica_may_have_images_of_its_own():
+    answers, labels = draw(5, 60, seed=1), draw(5, 60, seed=2)
+    labels[0][labels[0] == 2] = 1
+    found = class_recall(answers, labels)
+    assert np.isnan(found).sum() == 1
+    assert np.isnan(found[0, 2])
+    for r in range(1, 5):
+        assert found[r].tolist() == class_recall(answers[r : r + 1], labels[r])[0].tolist()
+    changes = class_changes(answers, draw(5, 60, seed=3), labels)
+    assert [c.change.n for c in changes] == [5, 5, 4]
+
+
+def test_changes_equal_scipys_paired_test_and_holms_procedure():
+    (before, labels), (after, _) = population(seed=1, error=0.1), population(seed=2, error=0.25)
+    rows = class_changes(before, after, labels)
+    p = []
+    for row in rows:
+        mine = labels == row.index
+        a, b = 100 * (before == labels).double(), 100 * (after == labels).double()
+        theirs = stats.ttest_rel((b[:, mine].mean(1) - b.mean(1)).numpy(), (a[:, mine].mean(1) - a.mean(1)).numpy())
+        p.append(theirs.pvalue)
+        interval = theirs.confidence_interval(0.95)
+        assert (row.relative.low, row.relative.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
+        raw = stats.ttest_rel(b[:, mine].mean(1).numpy(), a[:, mine].mean(1).numpy()).confidence_interval(0.95)
+        assert (row.change.low, row.change.high) == pytest.approx((raw.low, raw.high), abs=1e-9)
+        assert row.after - row.before == pytest.approx(row.change.mean, abs=1e-9)
+    for alpha in np.arange(0.005, 1, 0.01):
+        rejected = set()
+        for step, place in enumerate(np.argsort(p, kind="stable")):
+            if p[place] > alpha / (4 - step):
+                break
+            rejected.add(int(place))
+        assert {row.index for row in rows if row.p_value <= alpha} == rejected
+
+
+def test_a_class_that_alone_forgets_is_found_and_an_even_loss_is_not():
+    (before, labels), (spared, _) = population(10, error=0.02, seed=7), population(10, error=0.02, seed=8)
+    hit = torch.rand(10, 120, generator=torch.Generator().manual_seed(9)) < 0.5
+    rows = class_changes(before, torch.where(hit & (labels == 2), 0, spared), labels)
+    assert rows[2].p_value < 0.001
+    assert rows[2].relative < 0
+    even = class_changes(before, torch.where(hit, (labels + 1) % 4, spared), labels)
+    assert min(row.p_value for row in even) > 0.05
+    assert all(row.change < 0 for row in even)
+
+
+def test_equal_changes_have_a_sign_tests_p_and_no_width():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    before = labels.expand(6, -1)
+    after = before.clone()
+    after[:, 0] = 1
+    row, other = class_changes(before, after, labels)
+    assert row.p_value == other.p_value == 2 * 2 / 2**6
+    assert row.relative.low == row.relative.high == pytest.approx(-100 / 6)
+    assert [r.p_value for r in class_changes(before, before, labels)] == [1.0, 1.0]
+
+
+# Answers
+
+
+def test_churn_equals_a_loop():
+    before, after, labels = draw(4, seed=1), draw(4, seed=2), draw(4, seed=3)
+    found = churn(before, after, labels)
+    for r in range(4):
+        kinds = Counter()
+        for a, b, y in zip(before[r].tolist(), after[r].tolist(), labels[r].tolist(), strict=True):
+            if a != b:
+                kinds["broken" if a == y else "repaired" if b == y else "otherwise"] += 1
+        for kind in ("broken", "repaired", "otherwise"):
+            assert found[kind][r] == pytest.approx(100 * kinds[kind] / 80)
+        assert found["changed"][r] == pytest.approx(100 * sum(kinds.values()) / 80)
+    gained = (after == labels).double().mean(1) - (before == labels).double().mean(1)
+    np.testing.assert_allclose(found["repaired"] - found["broken"], 100 * gained.numpy(), atol=1e-9)
+
+
+def tops(column):
+    counts = Counter(column)
+    return {label for label, n in counts.items() if n == max(counts.values())}
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 4, 6])
+def test_exemplars_equal_a_loop_over_sets(replicas):
+    a, b, labels = draw(replicas, seed=1), draw(replicas, seed=2), draw(1, seed=3)[0]
+    wanted = {"broken": [], "repaired": [], "otherwise": []}
+    for i in range(80):
+        x, y, truth = a[:, i].tolist(), b[:, i].tolist(), int(labels[i])
+        if not tops(x) & tops(y):
+            kind = "broken" if truth in tops(x) else "repaired" if truth in tops(y) else "otherwise"
+            wanted[kind].append((-sum(abs(x.count(k) - y.count(k)) for k in range(3)), i))
+    found = find_exemplars(a, b, labels)
+    for kind, rows in wanted.items():
+        assert getattr(found, kind).tolist() == [i for _, i in sorted(rows)]
+    assert len(found) == sum(map(len, wanted.values())) > 0
+    other = find_exemplars(b.flip(0), a.flip(0), labels)
+    assert (other.broken.tolist(), other.repaired.tolist()) == (found.repaired.tolist(), found.broken.tolist())
+    assert len(find_exemplars(a, a, labels)) == 0
+
+
+def test_a_tie_that_holds_the_others_answer_is_no_exemplar():
+    a = torch.tensor([[3], [3], [8], [8]])
+    for other, count in (([8, 8, 8, 3], 0), ([3, 3, 3, 8], 0), ([5, 5, 5, 8], 1)):
+        assert len(find_exemplars(a, torch.tensor(other)[:, None], torch.tensor([3]))) == count
+
+
+def test_the_control_has_as_many_seeds_on_both_sides():
+    """Seeds scatter on twelve images, compression breaks ten others for good."""
+    g = torch.Generator().manual_seed(0)
+    before, labels = torch.zeros(10, 100, dtype=torch.int64), torch.zeros(100, dtype=torch.int64)
+    before[:, :12] = torch.randint(2, (10, 12), generator=g)
+    after = before.clone()
+    after[:, 50:60] = 1
+    found = exemplar_control(before, after, labels, draws=100)
+    assert 0 < found["seeds"]["broken"] < 12
+    assert found["compressed"]["broken"] == pytest.approx(found["seeds"]["broken"] + 10)
+    assert found["compressed"]["repaired"] == found["seeds"]["repaired"] > 0
+    assert found == exemplar_control(before, after, labels, draws=100)
+    assert found != exemplar_control(before, after, labels, draws=100, seed=1)
+
+
+ANSWERS = draw(4, 5)
+
+
+@pytest.mark.parametrize("function", [class_changes, churn, find_exemplars])
+@pytest.mark.parametrize(
+    ("before", "after", "labels", "text"),
+    [
+        (ANSWERS, ANSWERS[:3], ANSWERS[0], r"got \(4, 5\), \(3, 5\), \(5,\)"),
+        (ANSWERS[0], ANSWERS[0], ANSWERS[0], r"answers must be \[R, N\]"),
+        (ANSWERS, ANSWERS, ANSWERS[0, :3], r"labels \[N\] or \[R, N\]"),
+        (ANSWERS[:, :0], ANSWERS[:, :0], ANSWERS[0, :0], "answers must be"),
+        (ANSWERS.float(), ANSWERS, ANSWERS[0], "class numbers from 0, not shares or logits"),
+        (ANSWERS, ANSWERS - 1, ANSWERS[0], "class numbers from 0"),
+    ],
+)
+def test_bad_answers_are_refused_in_words(function, before, after, labels, text):
+    with pytest.raises((TypeError, ValueError), match=text):
+        function(before, after, labels)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="the same images for all replicas"):
+        find_exemplars(ANSWERS, ANSWERS, draw(4, 5, seed=9))
+    with pytest.raises(ValueError, match="draws must be"):
+        exemplar_control(ANSWERS, ANSWERS, ANSWERS[0], draws=0)
+    with pytest.raises(ValueError, match="class 0 needs images in at least two replicas"):
+        class_changes(ANSWERS[:1], ANSWERS[:1], ANSWERS[0])
+
+
+# Robustness and explanations
+
+
+def linear(weight):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(weight.shape[1], len(weight), bias=False))
+    model[1].weight.data.copy_(weight)
+    return model.train()
+
+
+def test_noise_is_one_draw_amplified():
+    images = torch.randn(200, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    models = [linear(torch.randn(3, 4, generator=torch.Generator().manual_seed(s))) for s in (2, 3)]
+    splits = [SimpleNamespace(images=images, labels=m(images).argmax(1)) for m in models]
+    curve = noise_curve(models, splits, [0, 0.5, 50], seed=4)
+    assert curve.shape == (2, 3)
+    assert (curve[:, 0] == 100).all()
+    assert (curve[:, 1] < 100).all()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(4))
+    wanted = (models[1](images + 0.5 * noise).argmax(1) == splits[1].labels).double().mean() * 100
+    assert curve[1, 1] == pytest.approx(wanted.item())
+    assert noise_curve(models, splits[0], [0])[0, 0] == 100  # one split for all
+    assert all(m.training for m in models)
+    with pytest.raises(ValueError, match="zip"):
+        noise_curve(models, splits[:1], [0])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (3, 2), (2, 2)])
+def test_occlusion_of_a_linear_model_by_a_loop(size, stride):
+    g = torch.Generator().manual_seed(0)
+    images, weight, target = (
+        torch.randn(3, 2, 4, 5, generator=g),
+        torch.randn(4, 40, generator=g),
+        torch.tensor([0, 3, 1]),
+    )
+    model = linear(weight)
+    dark = images.amin(dim=(0, 2, 3))
+    tops = sorted({*range(0, 4 - size, stride), 4 - size})
+    lefts = sorted({*range(0, 5 - size, stride), 5 - size})
+    wanted = torch.zeros(3, 4, 5)
+    for n in range(3):
+        drop = (images[n] - dark[:, None, None]) * weight[target[n]].view(2, 4, 5)
+        for y in range(4):
+            for x in range(5):
+                over = [(t, s) for t in tops for s in lefts if t <= y < t + size and s <= x < s + size]
+                wanted[n, y, x] = sum(drop[:, t : t + size, s : s + size].sum() for t, s in over) / len(over)
+    torch.testing.assert_close(occlusion_map(model, images, target, size=size, stride=stride), wanted)
+    torch.testing.assert_close(occlusion_map(lambda x: model(x), images, target, size=size, stride=stride), wanted)
+    assert model.training
+    for bad in ((0, 0), (5, 1), (2, 3), (2, 0)):
+        with pytest.raises(ValueError, match="stride <= size"):
+            occlusion_map(model, images, target, size=bad[0], stride=bad[1])
+
+
+def test_agreement_is_spearmans():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randint(5, (6, 4, 4), generator=g).float(), torch.randint(5, (6, 4, 4), generator=g).float()
+    wanted = [stats.spearmanr(x.flatten().numpy(), y.flatten().numpy()).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(map_agreement(a, b), wanted, atol=1e-12)
+    assert np.isnan(map_agreement(torch.ones(1, 2, 2), a[:1, :2, :2])).all()
+    with pytest.raises(ValueError, match=r"one shape \[N, H, W\]"):
+        map_agreement(a, b[:, :2])
