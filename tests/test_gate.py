@@ -109,7 +109,7 @@ def test_eval_mode_restores_each_module_also_after_an_error():
         assert same is model
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == [True, True, False]
-    with pytest.raises(RuntimeError), eval_mode(model):
+    with pytest.raises(ValueError, match="2D"), eval_mode(model):
         model(torch.ones(1))
     assert [m.training for m in model.modules()] == [True, True, False]
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from course_lib.gate import UnsupportedModel, own_forward, real_tensor, replace_layers, whole_number
+from course_lib.gate import UnsupportedModel, check_model, own_forward, real_tensor, replace_layers, whole_number
 
 __all__ = ["factorize", "rank_for_bytes"]
 
@@ -53,31 +53,32 @@ def rank_for_bytes(layer: nn.Linear | nn.Conv2d, budget: int) -> int:
     return min(int(budget // one), rows, columns)
 
 
-def _matrix(layer: nn.Linear | nn.Conv2d, rank: int) -> torch.Tensor:
-    matrix = real_tensor(layer.weight, "weight").flatten(1)
+def _matrix(layer: nn.Linear | nn.Conv2d, rank: int) -> Tensor:
+    check_model(layer, "factorize")
     if getattr(layer, "groups", 1) > 1 or own_forward(layer):
         raise UnsupportedModel(f"cannot factorize {layer}: a layer without groups and a forward of its own is needed")
+    matrix = real_tensor(layer.weight, "weight").flatten(1)
     whole_number(rank, f"rank of a weight {tuple(matrix.shape)}", 1, min(matrix.shape))
     return matrix
 
 
-def _thin_layers(layer: nn.Linear | nn.Conv2d, first: torch.Tensor, second: torch.Tensor) -> nn.Sequential:
-    rank, place = len(first), {"device": layer.weight.device, "dtype": layer.weight.dtype}
+def _thin_layers(layer: nn.Linear | nn.Conv2d, first: Tensor, second: Tensor) -> nn.Sequential:
+    rank, options = len(first), {"device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Conv2d):
-        where = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        where["padding_mode"] = layer.padding_mode
-        a = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **where, bias=False, **place)
-        b = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **place)
+        where = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, 1, False, layer.padding_mode)
+        a = nn.Conv2d(layer.in_channels, rank, *where, **options)
+        b = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **options)
     else:
-        a = nn.Linear(layer.in_features, rank, bias=False, **place)
-        b = nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **place)
-    with torch.no_grad():
-        a.weight.copy_(first.view_as(a.weight))
-        b.weight.copy_(second.view_as(b.weight))
-        if layer.bias is not None:
-            b.bias.copy_(layer.bias)
-    for new in (a, b):
-        new.weight.requires_grad_(layer.weight.requires_grad)
+        a = nn.Linear(layer.in_features, rank, bias=False, **options)
+        b = nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **options)
+    for new, value, old in (
+        (a.weight, first, layer.weight),
+        (b.weight, second, layer.weight),
+        (b.bias, layer.bias, layer.bias),
+    ):
+        if old is not None:
+            new.data.copy_(value.detach().view_as(new))
+            new.requires_grad_(old.requires_grad)
     return nn.Sequential(a, b).train(layer.training)
 
 

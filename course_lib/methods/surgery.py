@@ -238,7 +238,7 @@ class _Reader:
                 raise self.refuse(f"{label} pools over the neurons themselves")
             self._plain(module, label)
             self.where[node] = state
-        elif name in ("view", "reshape", "flatten", "Flatten", "Unflatten"):
+        elif isinstance(module, (nn.Flatten, nn.Unflatten)) or name in ("view", "reshape", "flatten", "unflatten"):
             raise self.refuse(f"forward calls {label} with sizes of its own; write x.flatten(1), which fits any number")
         else:
             kind = f"{label} is a {type(module).__name__}" if module is not None else f"forward calls {label}"

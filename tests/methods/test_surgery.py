@@ -3,26 +3,25 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from course_lib.methods.pruning import CouplingError, prune_
-from course_lib.methods.pruning import remove_neurons as from_pruning
-from course_lib.methods.surgery import remove_neurons
+from course_lib.gate import UnsupportedModel
+from course_lib.methods import pruning
+from course_lib.methods.surgery import CouplingError, recalibrate_batchnorm, remove_neurons
 
 
-def settle(model: nn.Module, seed: int = 0) -> nn.Module:
+def settle(model: nn.Module) -> nn.Module:
     """Give BatchNorms statistics and affine terms that matter."""
-    generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                if tensor is not None:
-                    tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor.data.copy_(torch.rand_like(tensor) + 0.5)
     return model.eval()
 
 
@@ -44,21 +43,10 @@ def masked_outputs(model, gate_name, keep, x, times=1, tile=False):
 
 def conv_net() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout2d(0.1),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.BatchNorm1d(32),
-        nn.Linear(32, 10),
-        nn.BatchNorm1d(10),
-        nn.ReLU(),
-        nn.Linear(10, 3),
+        *(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.1)),
+        *(nn.AvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(32)),
+        *(nn.Linear(32, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 3)),
     )
 
 
@@ -70,34 +58,14 @@ def test_conv_net_equals_the_masked_network(layer, gate, keep, times):
     model, x = settle(conv_net()), torch.randn(5, 2, 8, 8)
     small = remove_neurons(model, layer, keep)
     torch.testing.assert_close(small(x), masked_outputs(model, gate, keep, x, times), rtol=1e-5, atol=1e-5)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert small.get_submodule(layer).weight.shape[0] == len(keep)
-    assert repr(small) != repr(model)
 
 
-def test_zeroing_batchnorm_rows_is_the_same_mask():
-    model, x = settle(conv_net()), torch.randn(5, 2, 8, 8)
-    small = remove_neurons(model, "0", [1, 4])
-    with torch.no_grad():
-        for i in (0, 2, 3, 5):
-            for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
-                tensor[i] = 0
-    torch.testing.assert_close(small(x), model(x))
-
-
-@pytest.mark.parametrize("act", [nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.Softplus(), nn.PReLU(7), nn.PReLU()])
+@pytest.mark.parametrize("act", [nn.Sigmoid(), nn.GELU(), nn.PReLU(7), nn.PReLU(), nn.BatchNorm1d(7), nn.LogSigmoid()])
 def test_an_activation_that_moves_zero_is_removed_with_its_neuron(act):
-    model, x = nn.Sequential(nn.Linear(4, 7), act, nn.Linear(7, 2)), torch.randn(3, 4)
+    model, x = settle(nn.Sequential(nn.Linear(4, 7), act, nn.Linear(7, 2))), torch.randn(3, 4)
     small = remove_neurons(model, "0", [0, 3, 6])
     torch.testing.assert_close(small(x), masked_outputs(model, "1", [0, 3, 6], x))
-
-
-def test_two_layers_one_after_the_other_and_training_goes_on():
-    model, x = settle(conv_net()), torch.randn(5, 2, 8, 8)
-    small = remove_neurons(remove_neurons(model, "0", [0, 1]), "4", [3, 4, 5])
-    small.train()
-    small(x).sum().backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
 
 
 def test_gradients_are_those_of_the_masked_network():
@@ -115,57 +83,64 @@ def test_features_of_a_sequence_flatten_the_other_way_round():
     torch.testing.assert_close(small(x), masked_outputs(model, "2", [0, 4], x, tile=5))
 
 
-class Functional(nn.Module):
-    """Everything written as functions and methods, with two readers of the same channels."""
+class Net(nn.Module):
+    """``forward`` is the function it is given; layers by name."""
 
-    def __init__(self, flat: str):
+    def __init__(self, forward, **layers):
         super().__init__()
-        self.conv, self.norm, self.flat = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), flat
-        self.gate = nn.Identity()
-        self.left, self.right = nn.Linear(64, 3), nn.Linear(64, 3)
-        self.pooled = nn.Linear(4, 3)
+        self.run, self.gate = forward, nn.Identity()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
 
     def forward(self, x):
-        x = F.relu(self.norm(self.conv(x)))
+        return self.run(self, x)
+
+
+FLAT = {
+    "method": lambda x: x.flatten(1),
+    "function": lambda x: torch.flatten(x, start_dim=1),
+    "shape": lambda x: x.reshape(x.shape[0], -1),
+    "view": lambda x: x.contiguous().view(x.size(0), -1),
+    "size": lambda x: x.view((x.size()[0], -1)),
+}
+
+
+@pytest.mark.parametrize("flat", FLAT)
+def test_functions_methods_and_several_readers(flat):
+    def forward(self, x):
+        x = F.relu_(self.norm(self.conv(x)))
         x = 2 * (x * torch.sigmoid(x)) + 0.5
         x = self.gate(F.max_pool2d(F.dropout(x, 0.1, self.training), 2))
-        pooled = x.mean((2, 3))
-        if self.flat == "method":
-            x = x.flatten(1)
-        elif self.flat == "function":
-            x = torch.flatten(x, start_dim=1)
-        elif self.flat == "shape":
-            x = x.reshape(x.shape[0], -1)
-        else:
-            x = x.contiguous().view(x.size(0), -1)
-        return self.left(x) + self.right(x).tanh() + self.pooled(pooled)
+        left, right = FLAT[flat](x), FLAT[flat](x)
+        return self.left(left) + self.right(right).tanh() + self.pooled(x.mean((-1, 2)))
 
-
-@pytest.mark.parametrize("flat", ["method", "function", "shape", "view"])
-def test_functions_methods_and_several_readers(flat):
-    model, x = settle(Functional(flat)), torch.randn(2, 1, 8, 8)
+    layers = {"left": nn.Linear(64, 3), "right": nn.Linear(64, 3), "pooled": nn.Linear(4, 3)}
+    model = settle(Net(forward, conv=nn.Conv2d(1, 4, 3, padding=1), norm=nn.BatchNorm2d(4), **layers))
+    x = torch.randn(2, 1, 8, 8)
     small = remove_neurons(model, "conv", torch.tensor([True, False, False, True]))
-    assert type(small) is Functional
     torch.testing.assert_close(small(x), masked_outputs(model, "gate", [0, 3], x), rtol=1e-5, atol=1e-5)
 
 
-class TwoHeads(nn.Module):
-    """Its second head is read while training only."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head, self.aux = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = torch.relu(self.body(x))
-        return self.head(x) + self.aux(x) if self.training else self.head(x)
+@pytest.mark.parametrize(("conv", "dims"), [(nn.Conv1d, 2), (nn.Conv3d, (4, 2, -2))])
+def test_other_dimensions(conv, dims):
+    n = 1 if conv is nn.Conv1d else 3
+    pool = {1: F.avg_pool1d, 3: F.avg_pool3d}[n]
+    model = Net(lambda s, x: s.b(s.gate(pool(s.a(x), 2).mean(dims))), a=conv(1, 4, 3), b=nn.Linear(4, 3))
+    x = torch.randn(2, 1, *[8] * n)
+    torch.testing.assert_close(remove_neurons(model, "a", [1, 2])(x), masked_outputs(model, "gate", [1, 2], x))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_reader_of_the_other_mode_is_cut_as_well(training):
-    small = remove_neurons(TwoHeads().train(training), "body", [1, 2])
+    def forward(self, x):
+        self.seen = x = torch.relu(self.body(x))  # what forward keeps must not be left in the new model
+        return self.head(x) + self.aux(x) if self.training else self.head(x)
+
+    model = Net(forward, body=nn.Linear(3, 6), head=nn.Linear(6, 2), aux=nn.Linear(6, 2)).train(training)
+    small = remove_neurons(model, "body", [1, 2])
     assert small.training is training
     assert small.aux.in_features == small.head.in_features == 2
+    assert not any(isinstance(value, fx.Proxy) for m in (model, small) for value in vars(m).values())
     assert small.train()(torch.randn(2, 3)).shape == (2, 2)
 
 
@@ -197,65 +172,50 @@ def test_the_model_and_everything_about_it_is_left_alone():
     small = remove_neurons(model, "4", [7, 0])
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert model[4].out_channels == 8
     assert [m.training for m in model.modules()] == modes == [m.training for m in small.modules()]
     assert not small[4].weight.requires_grad
     assert small[11].weight.requires_grad
     assert all(p.dtype is torch.float64 for p in small.parameters())
     assert torch.equal(small[4].weight, model[4].weight[[0, 7]])
     assert (small[4].out_channels, small[5].num_features, small[10].num_features, small[11].in_features) == (2, 2, 8, 8)
-    kept = {id(p) for p in model.parameters()}
-    assert not any(id(p) in kept for p in small.parameters())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in small.parameters()}
+    again = remove_neurons(small, "0", [0, 1])
+    again(torch.randn(5, 2, 8, 8).double()).sum().backward()
+    assert all(p.grad.shape == p.shape for p in again.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
     "keep",
     [
-        torch.tensor([True, False, True, False, False, False]),
-        [True, False, True, False, False, False],
-        torch.tensor([2, 0]),
-        (0, 2),
-        range(0, 4, 2),
-        torch.tensor([0, 2], dtype=torch.int32).numpy(),
+        *(torch.tensor([1, 0, 1, 0, 0, 0]).bool(), [True, False, True, False, False, False], torch.tensor([2, 0])),
+        *((0, 2), range(0, 4, 2), np.array([0, 2], dtype=np.int32), [np.int64(0), np.int64(2)], {0, 2}),
+        np.array([True, False, True, False, False, False]),
     ],
 )
 def test_masks_and_indices_say_the_same(keep):
-    model = settle(conv_net())
-    expected = remove_neurons(model, "0", [0, 2]).state_dict()
-    given = remove_neurons(model, "0", keep).state_dict()
-    assert all(torch.equal(expected[k], given[k]) for k in expected)
-
-
-def test_keeping_all_gives_an_equal_copy():
-    model = settle(conv_net())
-    small = remove_neurons(model, "4", range(8))
-    assert all(torch.equal(v, small.state_dict()[k]) for k, v in model.state_dict().items())
+    model = conv_net()
+    assert torch.equal(remove_neurons(model, "0", keep)[0].weight, model[0].weight[[0, 2]])
 
 
 @pytest.mark.parametrize(
     ("layer", "keep", "error", "text"),
     [
         ("conv0", [0], ValueError, "no layer is called 'conv0'; the closest"),
-        ("0.weight", [0], ValueError, "the closest: 0"),
         ("", [0], ValueError, "is a Sequential"),
         ("1", [0], ValueError, "'1' is a BatchNorm2d: neurons can be removed from Linear and Conv"),
         ("0", [], ValueError, "all 6 neurons of '0' would be removed"),
         ("0", [False] * 6, ValueError, "all 6 neurons"),
         ("0", [True] * 5, ValueError, "each of the 6 neurons, got 5"),
-        ("0", [0, 0], ValueError, "repeats"),
-        ("0", [1, 0, 1, 0, 1, 1], ValueError, "dtype bool"),
+        ("0", [1, 0, 1, 0, 1, 1], ValueError, "6 given, 2 distinct .*dtype bool"),
         ("0", [0, 6], ValueError, r"outside \[0, 6\): \[6\]"),
-        ("0", [-1], ValueError, r"outside \[0, 6\)"),
+        ("0", [-1, 5], ValueError, r"outside \[0, 6\): \[-1\]"),
         ("0", [0.5], TypeError, "dtype torch.float32"),
         ("0", [[0, 1]], ValueError, "one dimension"),
     ],
 )
 def test_bad_arguments(layer, keep, error, text):
-    model = conv_net()
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=text):
-        remove_neurons(model, layer, keep)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        remove_neurons(conv_net(), layer, keep)
 
 
 def test_no_module_and_no_layer():
@@ -265,144 +225,128 @@ def test_no_module_and_no_layer():
         remove_neurons(nn.Sequential(nn.ReLU()), "fc", [0])
 
 
-class Net(nn.Module):
-    """``forward`` is the function it is given; layers by name."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.run = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
 def conv(i, o, **options):
     return nn.Conv2d(i, o, 3, padding=1, **options)
 
 
+def ab(forward, a=None, b=None, **more):
+    return Net(forward, a=a or nn.Linear(4, 4), b=b or nn.Linear(4, 4), **more)
+
+
+def chain(*layers):
+    return nn.Sequential(*layers)
+
+
 def tied():
-    net = Net(lambda s, x: s.b(s.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    net = ab(lambda s, x: s.b(s.a(x)))
     net.b.weight = net.a.weight
     return net
 
 
 def pruned_by_torch():
-    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net = chain(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     torch_prune.l1_unstructured(net[2], "weight", 0.5)
     return net
 
 
+def hooked():
+    net = chain(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[1].register_forward_hook(lambda m, i, o: o)
+    return net
+
+
+def relu(x):
+    return x.softmax(-1)
+
+
+fx.wrap("relu")
+
+
+class Swish(nn.ReLU):
+    def forward(self, x):
+        return x * x.mean()
+
+
+def own_instance():
+    act = nn.ReLU()
+    act.forward = relu
+    return chain(nn.Linear(4, 4), act, nn.Linear(4, 2))
+
+
+def residual(s, x):
+    h = torch.relu(s.a(x))
+    return h + s.b(h)
+
+
+C4, LIN = nn.Parameter(torch.ones(4, 1, 1)), nn.Linear
 COUPLED = {
-    "residual, read": (
-        lambda: Net(lambda s, x: (h := torch.relu(s.a(x))) + s.b(h), a=conv(1, 4), b=conv(4, 4)),
+    "residual, read": (lambda: ab(residual), "a", "those of 'b' in add .*residual"),
+    "residual, written": (lambda: ab(residual), "b", "meet those of 'relu' in add"),
+    "gate": (lambda: ab(lambda s, x: s.a(x) * s.b(x)), "a", "those of 'b' in mul"),
+    "a number a channel": (lambda: ab(lambda s, x: s.b(s.a(x) * s.k), conv(1, 4), conv(4, 2), k=C4), "a", "'k' in mul"),
+    "a ceiling a channel": (
+        lambda: ab(lambda s, x: s.b(s.a(x).clamp(max=s.k)), conv(1, 4), conv(4, 2), k=C4),
         "a",
-        "those of 'b' in add .*residual",
+        "'k' in clamp .*numbers for each neuron",
     ),
-    "residual, written": (
-        lambda: Net(lambda s, x: (h := torch.relu(s.a(x))) + s.b(h), a=conv(1, 4), b=conv(4, 4)),
-        "b",
-        "meet those of 'relu' in add",
-    ),
-    "gate": (lambda: Net(lambda s, x: s.a(x) * s.b(x), a=conv(1, 4), b=conv(1, 4)), "a", "those of 'b' in mul"),
-    "concatenation": (
-        lambda: Net(lambda s, x: torch.cat([s.a(x), s.b(x)], 1), a=conv(1, 4), b=conv(1, 4)),
-        "a",
-        "concatenated with those of 'b'",
-    ),
-    "depthwise reader": (
-        lambda: nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 4, groups=4), conv(4, 2)),
-        "0",
-        r"'2' is a depthwise convolution \(groups=4\)",
-    ),
-    "grouped layer": (
-        lambda: nn.Sequential(conv(4, 8, groups=2), nn.ReLU(), conv(8, 2)),
-        "0",
-        r"it is a grouped convolution \(groups=2\)",
-    ),
-    "shared layer": (
-        lambda: Net(lambda s, x: s.a(torch.relu(s.a(x))), a=nn.Linear(4, 4)),
-        "a",
-        "'a'.* called more than once",
-    ),
-    "shared reader": (
-        lambda: Net(lambda s, x: s.b(torch.relu(s.b(torch.relu(s.a(x))))), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
-        "a",
-        "'b' is a shared layer",
-    ),
+    "concatenation": (lambda: ab(lambda s, x: torch.cat([s.a(x), s.b(x)], 1)), "a", "concatenated with those of 'b'"),
+    "depthwise reader": (lambda: chain(conv(1, 4), nn.ReLU(), conv(4, 4, groups=4)), "0", r"'2' is a depthwise .*=4"),
+    "grouped layer": (lambda: chain(conv(4, 8, groups=2), conv(8, 2)), "0", "it is a grouped convolution"),
+    "shared layer": (lambda: ab(lambda s, x: s.a(torch.relu(s.a(x)))), "a", "'a'.* called more than once"),
+    "shared reader": (lambda: ab(lambda s, x: s.b(s.b(s.a(x)))), "a", "'b' is a shared layer"),
     "shared batchnorm": (
-        lambda: Net(lambda s, x: s.b(s.n(s.a(s.n(x)))), a=conv(4, 4), b=conv(4, 4), n=nn.BatchNorm2d(4)),
+        lambda: ab(lambda s, x: s.b(s.n(s.a(s.n(x)))), conv(4, 4), conv(4, 4), n=nn.BatchNorm2d(4)),
         "a",
         "'n' is a shared layer",
     ),
     "tied weight": (tied, "a", "a weight of 'a' is shared with 'b.weight'"),
-    "weight read by hand": (
-        lambda: Net(lambda s, x: F.linear(s.b(torch.relu(s.a(x))), s.a.weight), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
+    "weight read by hand": (lambda: ab(lambda s, x: F.linear(s.b(s.a(x)), s.a.weight)), "a", "'a.weight' is shared"),
+    "logits": (lambda: chain(LIN(4, 4), nn.ReLU()), "0", "outputs of the whole model"),
+    "layer norm": (lambda: chain(LIN(4, 6), nn.LayerNorm(6), LIN(6, 2)), "0", "'1' is a LayerNorm"),
+    "softmax": (lambda: ab(lambda s, x: s.b(s.a(x).softmax(1))), "a", "forward calls softmax"),
+    "attention": (
+        lambda: ab(lambda s, x: s.m(*[s.a(x)] * 3)[0], m=nn.MultiheadAttention(4, 2)),
         "a",
-        "'a.weight' is shared",
+        "'m' is a MultiheadAttention",
     ),
-    "logits": (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "0", "outputs of the whole model"),
-    "layer norm": (
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
-        "0",
-        "'1' is a LayerNorm",
-    ),
-    "softmax": (
-        lambda: Net(lambda s, x: s.b(s.a(x).softmax(1)), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
-        "a",
-        "forward calls softmax",
-    ),
-    "transposed reader": (
-        lambda: nn.Sequential(conv(1, 4), nn.ConvTranspose2d(4, 2, 2)),
-        "0",
-        "'1' is a ConvTranspose2d",
-    ),
+    "somebody's relu": (lambda: ab(lambda s, x: s.b(relu(s.a(x)))), "a", r"forward calls .*test_surgery.relu"),
+    "a subclass": (lambda: chain(LIN(4, 4), Swish(), LIN(4, 2)), "0", "forward calls mean"),
+    "a forward of its own": (own_instance, "0", "'1' has a forward of its own"),
+    "transposed reader": (lambda: chain(conv(1, 4), nn.ConvTranspose2d(4, 2, 2)), "0", "'1' is a ConvTranspose2d"),
     "fixed view": (
-        lambda: Net(lambda s, x: s.b(s.a(x).view(-1, 64)), a=conv(1, 4), b=nn.Linear(64, 2)),
+        lambda: ab(lambda s, x: s.b(s.a(x).view(-1, 64)), conv(1, 4), LIN(64, 2)),
         "a",
-        "forward calls view",
+        r"view .*write x.flatten\(1\)",
     ),
-    "part of the channels": (
-        lambda: Net(lambda s, x: s.b(s.a(x)[:, :2]), a=conv(1, 4), b=conv(2, 2)),
+    "fixed module": (lambda: chain(conv(1, 4), nn.Flatten(0), LIN(64, 2)), "0", r"'1'.*write x.flatten\(1\)"),
+    "part of the channels": (lambda: ab(lambda s, x: s.b(s.a(x)[:, :2]), b=LIN(2, 2)), "a", "forward calls getitem"),
+    "number of channels": (lambda: ab(lambda s, x: s.b(s.a(x) / x.size(1)), b=LIN(4, 2)), "a", "those of 'size' in"),
+    "keepdim": (lambda: ab(lambda s, x: s.b(s.a(x).mean((2, 3), True)), conv(1, 4), conv(4, 1)), "a", "calls mean"),
+    "one dimension": (lambda: ab(lambda s, x: s.b(s.a(x).mean((2, 3))), nn.Conv3d(1, 4, 1)), "a", "calls mean"),
+    "linear on pixels": (lambda: chain(conv(1, 4), LIN(4, 2)), "0", "reads the last axis"),
+    "conv after linear": (lambda: chain(LIN(4, 3), nn.Conv1d(3, 2, 1)), "0", "no feature map"),
+    "pool after linear": (lambda: chain(LIN(4, 4), nn.AvgPool1d(2), LIN(2, 2)), "0", "'1' pools over the neurons"),
+    "pool over channels": (
+        lambda: ab(lambda s, x: s.b(F.max_pool2d(s.a(x), 2)), nn.Conv1d(1, 4, 1), nn.Conv1d(2, 2, 1)),
         "a",
-        "forward calls getitem",
+        "max_pool2d .*pools over the neurons",
     ),
-    "linear on pixels": (lambda: nn.Sequential(conv(1, 4), nn.Linear(4, 2)), "0", "reads the last axis"),
-    "conv after linear": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Conv1d(3, 2, 1)), "0", "no feature map"),
-    "pool after linear": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.AvgPool1d(2), nn.Linear(2, 2)),
-        "0",
-        "'1' pools over the neurons",
-    ),
-    "sizes that do not fit": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(8), nn.Linear(4, 2)),
-        "0",
-        "'1' has 8 inputs",
-    ),
+    "norm of tokens": (lambda: ab(lambda s, x: s.b(s.n(s.a(x))), n=nn.BatchNorm1d(4)), "a", r"'n'.*x.flatten\(1\)"),
+    "slopes of tokens": (lambda: ab(lambda s, x: s.b(s.n(s.a(x))), n=nn.PReLU(4)), "a", "'n' works on dimension 1"),
+    "sizes that do not fit": (lambda: chain(LIN(4, 4), nn.BatchNorm1d(8), LIN(4, 2)), "0", "'1' has 8 inputs"),
+    "other sizes": (lambda: chain(conv(1, 4), nn.Flatten(), LIN(6, 2)), "0", "'2' has 6 inputs"),
     "before and after flatten": (
-        lambda: Net(lambda s, x: s.b((h := s.a(x)).flatten(1) + h), a=conv(1, 4), b=nn.Linear(4, 2)),
+        lambda: ab(lambda s, x: s.b((h := s.a(x)).flatten(1) + h), conv(1, 4)),
         "a",
         "before and after flattening",
     ),
-    "untraceable": (
-        lambda: Net(lambda s, x: s.b(s.a(x)) if x.sum() > 0 else s.b(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
-        "a",
-        "forward of Net cannot be traced",
-    ),
-    "unused": (lambda: Net(lambda s, x: s.b(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4)), "a", "never calls it"),
-    "composite": (
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Linear(4, 2)),
-        "0.linear1",
-        "never calls it",
-    ),
-    "parametrized": (
-        lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2)),
-        "0",
-        "weight of '0' is computed by a parametrization",
-    ),
-    "reader under torch prune": (pruned_by_torch, "0", "weight of '2' is computed by a parametrization"),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), "0", "lazy layer"),
+    "untraceable": (lambda: ab(lambda s, x: s.b(s.a(x)) if x.sum() > 0 else x), "a", "forward of Net cannot be traced"),
+    "unused": (lambda: ab(lambda s, x: s.b(x)), "a", "never calls it"),
+    "composite": (lambda: chain(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)), "0.linear1", "never calls it"),
+    "parametrized": (lambda: chain(parametrizations.orthogonal(LIN(4, 4)), LIN(4, 2)), "0", "'0' .*no plain parameter"),
+    "reader under torch prune": (pruned_by_torch, "0", "'2' .*weight is no plain parameter"),
+    "hook": (hooked, "0", r"'1' .*hook.*handle.remove"),
+    "lazy": (lambda: chain(nn.LazyLinear(4), LIN(4, 2)), "0", "'0' .*lazy layer"),
 }
 
 
@@ -418,9 +362,56 @@ def test_couplings_are_refused_by_name(kind):
     assert caught.value.layer == layer
 
 
-def test_score_and_surgery_are_separate():
-    assert from_pruning is remove_neurons
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    prune_(model, 0.5)
-    keep = model[0].weight.norm(dim=1).topk(4).indices
-    assert remove_neurons(model, "0", keep)[0].weight.shape == (4, 4)
+def test_a_norm_of_features_behind_a_flatten_is_cut():
+    model = settle(ab(lambda s, x: s.b(s.gate(s.n(s.a(x.flatten(1))))), n=nn.BatchNorm1d(4)))
+    x = torch.randn(3, 2, 2)
+    torch.testing.assert_close(remove_neurons(model, "a", [3])(x), masked_outputs(model, "gate", [3], x))
+
+
+def test_pruning_hands_out_surgery():
+    assert pruning.remove_neurons is remove_neurons
+    assert pruning.CouplingError is CouplingError
+
+
+# --- BatchNorm after surgery -----------------------------------------------------------------------------------------
+
+
+def test_recalibrated_statistics_are_those_of_the_images():
+    small, images = remove_neurons(settle(conv_net()), "0", [0, 1]).train(), torch.randn(40, 2, 8, 8)
+    small[7].p = 1.0  # a dropout that were on would be seen
+    before, new = copy.deepcopy(small.state_dict()), recalibrate_batchnorm(small, images)
+    x = images
+    with torch.no_grad():
+        for layer, made in zip(small.eval(), new, strict=True):
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                dims = [0, 2, 3][: x.dim() - 1]
+                torch.testing.assert_close(made.running_mean, x.mean(dims))
+                torch.testing.assert_close(made.running_var, x.var(dims))
+                assert (made.momentum, made.num_batches_tracked) == (0.1, layer.num_batches_tracked)
+                x = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+            else:
+                x = layer(x)
+    assert all(m.training for m in new.modules())
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert "running" in name or torch.equal(value, new.state_dict()[name])
+
+
+class Frozen(nn.BatchNorm1d):
+    def forward(self, x):
+        return self.eval() and super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "error", "text"),
+    [
+        (nn.Linear(2, 2), torch.rand(3, 2), UnsupportedModel, "no BatchNorm"),
+        (nn.BatchNorm1d(2, track_running_stats=False), torch.rand(3, 2), UnsupportedModel, "no BatchNorm"),
+        (chain(Frozen(2)), torch.rand(3, 2), UnsupportedModel, "0 saw nothing or stays in eval mode"),
+        (nn.BatchNorm1d(2), torch.tensor([[1.0, float("nan")]] * 2), ValueError, "images has 2 NaN"),
+        (nn.BatchNorm1d(2), torch.rand(1, 2), ValueError, "more than 1 value"),
+    ],
+)
+def test_recalibration_refused(model, images, error, text):
+    with pytest.raises(error, match=text):
+        recalibrate_batchnorm(model, images)
