@@ -1,27 +1,31 @@
-"""Which compressed models are worth having? Those that no other beats at once in cost and in gain."""
+"""Which compressed models are worth having: those that no other beats at once in cost and gain; and their picture."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from course_lib.evidence.statistics import Interval, paired_difference
+from course_lib.evidence.plots import COLORS, MARKERS, show
+from course_lib.evidence.statistics import mean_interval
 
-__all__ = ["Dominance", "dominates", "dominates_surely", "pareto_front"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["draw_pareto", "pareto_front", "plot_pareto"]
+
+_HUES = ("blue", "orange", "green", "vermillion", "purple", "sky", "black", "grey")
+_FAINT = 0.4
 
 
 def pareto_front(costs, gains) -> np.ndarray:
-    """Mask of the points that no other point dominates.
+    """Mask [P] of the points that no other point dominates.
 
     One point dominates another if it costs no more in any cost, gains no less in any gain, and differs in at least one.
     Exact duplicates do not dominate each other: both are on the front, or neither.
 
     Args:
-        costs: ``[P]``, or ``[P, C]`` for several (bytes, MACs, ...); less is better. Any array, tensor or list.
-        gains: ``[P]`` or ``[P, G]`` (accuracy, ...); more is better.
-
-    Returns:
-        bool ``[P]``.
+        costs: [P], or [P, C] for several (bytes, MACs, ...); less is better.
+        gains: [P] or [P, G] (accuracy, ...); more is better.
 
     Raises:
         ValueError: no point, NaN, or costs and gains of different lengths. (Infinity is a value like others.)
@@ -29,105 +33,75 @@ def pareto_front(costs, gains) -> np.ndarray:
     >>> pareto_front([1, 2, 3, 3], [0.90, 0.95, 0.95, 0.99]).tolist()
     [True, True, False, True]
     """
-    cost, gain = _table("costs", costs), _table("gains", gains)
-    if len(cost) != len(gain) or len(cost) == 0:
-        raise ValueError(
-            f"costs and gains must be about the same points, at least one; got {len(cost)} and {len(gain)}"
-        )
-    down = np.concatenate([cost, -gain], axis=1)
+    cost, gain = (np.asarray(values, dtype=float) for values in (costs, gains))
+    if not (cost.ndim in (1, 2) and gain.ndim in (1, 2) and len(cost) == len(gain) > 0):
+        raise ValueError(f"costs and gains must be about the same points [P] or [P, C], got {cost.shape}, {gain.shape}")
+    if np.isnan(cost).any() or np.isnan(gain).any():
+        raise ValueError("costs and gains must not be NaN")
+    down = np.concatenate([cost.reshape(len(cost), -1), -gain.reshape(len(gain), -1)], axis=1)
     no_worse = (down[:, None, :] <= down[None, :, :]).all(axis=2)
     return ~(no_worse & ~no_worse.T).any(axis=0)
 
 
-def dominates(cost_a, gain_a, cost_b, gain_b) -> bool:
-    """Whether point a dominates point b, taken at their word: no interval. See :func:`dominates_surely` for seeds.
+def plot_pareto(table: "pandas.DataFrame", costs: Mapping[str, str], *, alt: str, title: str = "", **options) -> None:
+    """Show one panel a cost, the same families in each, with one legend below.
 
     Args:
-        cost_a, cost_b: a number, or one for each of C costs; less is better.
-        gain_a, gain_b: a number, or one for each of G gains; more is better.
-
-    Raises:
-        ValueError: NaN, or numbers of costs or gains that differ.
-
-    >>> dominates(1, 0.95, 2, 0.95), dominates(1, 0.95, 1, 0.95), dominates(1, 0.90, 2, 0.95)
-    (True, False, False)
+        table: one row a model, with columns ``family``, ``label`` (written beside points on the front), ``score`` (an
+            array [R] each, one number a replica), and those named in ``costs``.
+        costs: column of the table -> label of its axis, such as ``{"bytes": "bytes of the file"}``.
+        options: ``ylabel`` and ``floor`` of :func:`draw_pareto`.
     """
-    sides = []
-    for name, a, b in (("cost", cost_a, cost_b), ("gain", gain_a, gain_b)):
-        pair = [_table(name, np.atleast_1d(_array(value))[None]) for value in (a, b)]
-        if pair[0].shape != pair[1].shape:
-            raise ValueError(f"a and b must have as many {name}s, got {pair[0].shape[1]} and {pair[1].shape[1]}")
-        sides.append(pair)
-    (ca, cb), (ga, gb) = sides
-    no_worse = (ca <= cb).all() and (ga >= gb).all()
-    return bool(no_worse and ((ca < cb).any() or (ga > gb).any()))
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs) + 1, 4.4), sharey=True, squeeze=False)
+    for ax, (cost, xlabel) in zip(axes[0], costs.items(), strict=True):
+        draw_pareto(ax, table, cost, xlabel=xlabel, **options)
+        options["ylabel"] = ""
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 + 2 * len(costs)))
+    figure.suptitle(title)
+    show(figure, alt=alt)
 
 
-@dataclass(frozen=True)
-class Dominance:
-    """The verdict of :func:`dominates_surely`; true or false like a bool.
+def draw_pareto(
+    ax, table: "pandas.DataFrame", cost: str, *, xlabel: str, ylabel: str = "test accuracy (%)", floor: float = -np.inf
+) -> np.ndarray:
+    """Draw the rows of ``table`` (see :func:`plot_pareto`): cost to the right (log), score upwards, the front as steps.
 
-    Attributes:
-        holds: whether a dominates b.
-        gain: interval of a's gain minus b's, seed by seed.
-        cost_ratio: a's cost / b's, the largest of several; at most 1 where a is no dearer.
-    """
-
-    holds: bool
-    gain: Interval
-    cost_ratio: float
-
-    def __bool__(self) -> bool:
-        return self.holds
-
-
-def dominates_surely(
-    cost_a: float | Sequence[float],
-    gains_a: Sequence[float],
-    cost_b: float | Sequence[float],
-    gains_b: Sequence[float],
-    *,
-    level: float = 0.95,
-    margin: float = 0.0,
-) -> Dominance:
-    """Whether a dominates b beyond the scatter of seeds: no dearer, and the paired interval of the gain above 0.
+    A dot is a mean over replicas, its bar the 95 % interval. What another point dominates is faint. The front is that
+    of the means: whether a step of it is more than luck, a paired difference says.
 
     Args:
-        cost_a, cost_b: above 0; a number (the mean over seeds where it varies), or one for each of C costs.
-        gains_a, gains_b: one a seed, the same R ≥ 2 seeds in the same order.
-        level: confidence in (0, 1), of the two-sided interval.
-        margin: in units of the gain. Above 0, a must be strictly cheaper and may give away less than that: the interval
-            must lie above −margin ("not inferior").
+        floor: scores below are drawn there, with an arrow and their value, so that one bad model does not squeeze the
+            good ones.
 
-    Raises:
-        ValueError: costs that are not finite and above 0, or differ in number; a negative margin; gains that do not
-            pair or are not finite, fewer than two.
-
-    >>> verdict = dominates_surely(900, [0.96, 0.97, 0.98], 1000, [0.95, 0.96, 0.96])
-    >>> bool(verdict), verdict.cost_ratio, f"{verdict.gain:.3f}"
-    (False, 0.9, '0.013 ± 0.014')
+    Returns:
+        Mask of the rows on the front.
     """
-    a, b = (np.atleast_1d(_array(cost)) for cost in (cost_a, cost_b))
-    if a.shape != b.shape or a.ndim != 1 or not all((np.isfinite(c) & (c > 0)).all() for c in (a, b)):
-        raise ValueError(f"costs must be finite, above 0 and as many for a as for b; got {cost_a!r} and {cost_b!r}")
-    if not margin >= 0:
-        raise ValueError(f"margin must be at least 0, got {margin!r}")
-    gain = paired_difference(gains_a, gains_b, level=level)
-    cheaper = (a <= b).all() and (margin == 0 or (a < b).any())
-    return Dominance(bool(cheaper and gain.low > -margin), gain, float((a / b).max()))
-
-
-def _array(values) -> np.ndarray:
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-    return np.asarray(values, dtype=np.float64)
-
-
-def _table(name: str, values) -> np.ndarray:
-    table = _array(values)
-    if table.ndim not in (1, 2):
-        raise ValueError(f"{name} must have shape [P], or [P, C] for several of them; got {table.shape}")
-    table = table.reshape(len(table), -1) if table.size else table.reshape(len(table), 0)
-    if np.isnan(table).any():
-        raise ValueError(f"{name} must not be NaN, got it at {np.argwhere(np.isnan(table))[0].tolist()}")
-    return table
+    costs = table[cost].to_numpy(dtype=float)
+    if not (np.isfinite(costs) & (costs > 0)).all():
+        raise ValueError(
+            f"{cost} must be finite and above 0 for a logarithmic axis, got {costs.min()} to {costs.max()}"
+        )
+    spans = [mean_interval(score) for score in table["score"]]
+    means = np.array([span.mean for span in spans])
+    front, shown = pareto_front(costs, means), np.maximum(means, floor)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    order = [i for i in np.lexsort((means, costs)) if front[i]]
+    corners = [*costs[order], costs.max() * 1.3], [*shown[order], shown[order[-1]]]
+    ax.step(*corners, where="post", color="0.35", linewidth=1.2, zorder=1.5, label="front of the means")
+    for number, family in enumerate(table["family"].unique()):
+        color, marker = COLORS[_HUES[number % len(_HUES)]], MARKERS[number % len(MARKERS)]
+        rows = [i for i in np.argsort(costs, kind="stable") if table["family"].iloc[i] == family]
+        ax.plot(costs[rows], shown[rows], color=color, linewidth=0.8, alpha=_FAINT)
+        ax.plot([], [], color=color, marker=marker, linewidth=0.8, label=family)
+        for i in rows:
+            alpha = 1.0 if front[i] else _FAINT
+            ax.plot(costs[i], shown[i], marker=marker, color=color, markersize=7, alpha=alpha, zorder=3)
+            if spans[i].high > floor:
+                ax.plot([costs[i]] * 2, [max(spans[i].low, floor), spans[i].high], color=color, alpha=alpha)
+            text = [str(table["label"].iloc[i])] if front[i] else []
+            text += [f"↓ {means[i]:.0f}"] if means[i] < floor else []
+            ax.annotate(" ".join(text), (costs[i], shown[i]), (5, -9), textcoords="offset points", fontsize=8)
+    return front

@@ -1,10 +1,13 @@
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas
 import pytest
 import torch
 
-from course_lib.evidence.pareto import dominates, dominates_surely, pareto_front
+from course_lib.evidence.pareto import draw_pareto, pareto_front, plot_pareto
+from course_lib.evidence.statistics import mean_interval
 
 
 def loop(costs, gains):
@@ -49,11 +52,11 @@ def test_duplicates_stand_or_fall_together_and_infinity_is_a_cost():
 @pytest.mark.parametrize(
     ("costs", "gains", "text"),
     [
-        ([], [], "at least one; got 0 and 0"),
-        ([1, 2], [1], "got 2 and 1"),
-        ([1, math.nan], [1, 2], r"costs must not be NaN, got it at \[1, 0\]"),
-        ([1, 2], [[1, 2], [math.nan, 1]], r"gains must not be NaN, got it at \[1, 0\]"),
-        (1.0, 2.0, r"costs must have shape \[P\].* got \(\)"),
+        ([], [], r"the same points \[P\] or \[P, C\], got \(0,\), \(0,\)"),
+        ([1, 2], [1], r"got \(2,\), \(1,\)"),
+        ([1, math.nan], [1, 2], "must not be NaN"),
+        ([1, 2], [[1, 2], [math.nan, 1]], "must not be NaN"),
+        (1.0, 2.0, r"got \(\), \(\)"),
         (np.zeros((2, 2, 2)), [1, 2], r"got \(2, 2, 2\)"),
     ],
 )
@@ -62,57 +65,46 @@ def test_bad_points_are_refused_in_words(costs, gains, text):
         pareto_front(costs, gains)
 
 
-def test_dominates_agrees_with_the_front():
-    r = np.random.default_rng(1)
-    costs, gains = r.integers(4, size=(30, 2)), r.integers(4, size=(30, 2))
-    beaten = [any(dominates(costs[j], gains[j], costs[i], gains[i]) for j in range(30)) for i in range(30)]
-    assert (~np.array(beaten) == pareto_front(costs, gains)).all()
-    with pytest.raises(ValueError, match="as many costs, got 2 and 1"):
-        dominates([1, 2], 1, [1], 1)
-    with pytest.raises(ValueError, match="as many gains, got 1 and 2"):
-        dominates(1, 1, 1, [1, 2])
-    with pytest.raises(ValueError, match="gain must not be NaN"):
-        dominates(1, math.nan, 1, 1)
-
-
-def test_surely_needs_the_interval_and_the_cost():
-    better, worse = [0.97, 0.98, 0.97, 0.98], [0.95, 0.96, 0.96, 0.96]
-    assert dominates_surely(10, better, 20, worse)
-    assert dominates_surely(20, better, 20, worse)
-    assert not dominates_surely(21, better, 20, worse)
-    assert not dominates_surely(10, worse, 20, better)
-    noisy = [0.90, 0.99, 0.95, 1.00]
-    verdict = dominates_surely(10, noisy, 20, worse)
-    assert verdict.gain.mean > 0
-    assert not verdict
-    assert verdict.cost_ratio == 0.5
-    assert dominates_surely(10, better, 20, worse, level=0.5).gain.level == 0.5
-    assert dominates_surely([10, 5], better, [20, 5], worse).cost_ratio == 1.0
-    assert not dominates_surely([10, 6], better, [20, 5], worse)
-    assert not dominates_surely(10, worse, 20, worse)
-
-
-def test_a_margin_asks_for_a_strictly_lower_cost():
-    a, b = [0.960, 0.961, 0.959], [0.962, 0.962, 0.962]
-    assert not dominates_surely(10, a, 20, b)
-    assert dominates_surely(10, a, 20, b, margin=0.01)
-    assert not dominates_surely(10, a, 20, b, margin=0.003)
-    assert not dominates_surely(20, a, 20, b, margin=0.01)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "text"),
-    [
-        ((0, [1, 2], 1, [1, 2]), {}, "finite, above 0"),
-        ((math.nan, [1, 2], 1, [1, 2]), {}, "finite, above 0"),
-        (([1, 2], [1, 2], 1, [1, 2]), {}, "as many for a as for b"),
-        ((1, [1, 2], 1, [1, 2, 3]), {}, "do not make pairs"),
-        ((1, [1], 1, [1]), {}, "at least two values"),
-        ((1, [1, math.nan], 1, [1, 2]), {}, "finite"),
-        ((1, [1, 2], 1, [1, 2]), {"margin": -1}, "margin must be at least 0, got -1"),
-        ((1, [1, 2], 1, [1, 3]), {"level": 2}, "level must be between 0 and 1"),
-    ],
+TABLE = pandas.DataFrame(
+    {
+        "family": ["dense", "pruned", "pruned", "small"],
+        "label": ["", "90 %", "50 %", "8"],
+        "score": [[97.0, 98.0], [96.0, 97.0], [95.0, 96.0], [20.0, 30.0]],
+        "bytes": [1000, 100, 500, 10],
+        "macs": [1000, 1000, 1000, 10],
+    }
 )
-def test_bad_comparisons_are_refused_in_words(arguments, options, text):
-    with pytest.raises(ValueError, match=text):
-        dominates_surely(*arguments, **options)
+
+
+def test_a_figure_shows_means_intervals_and_the_front():
+    figure, ax = plt.subplots()
+    assert draw_pareto(ax, TABLE, "bytes", xlabel="bytes").tolist() == [True, True, False, True]
+    (front,) = [line for line in ax.lines if line.get_label() == "front of the means"]
+    assert front.get_xdata().tolist() == [10, 100, 1000, 1300]
+    assert front.get_ydata().tolist() == [25, 96.5, 97.5, 97.5]
+    assert [t.get_text() for t in ax.texts if t.get_text()] == ["90 %", "8"]
+    bars = [line for line in ax.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1]
+    wanted = mean_interval([96.0, 97.0])
+    assert any(np.allclose(bar.get_ydata(), [wanted.low, wanted.high]) for bar in bars)
+    points = {tuple(line.get_xdata()): line.get_alpha() for line in ax.lines if len(line.get_xdata()) == 1}
+    assert points[(500,)] < points[(100,)] == 1.0
+    assert ax.get_xscale() == "log"
+    plt.close(figure)
+
+
+def test_what_lies_below_the_floor_is_drawn_there_with_its_value():
+    figure, ax = plt.subplots()
+    draw_pareto(ax, TABLE, "bytes", xlabel="bytes", floor=90)
+    assert "8 ↓ 25" in [t.get_text() for t in ax.texts]
+    assert min(float(np.min(line.get_ydata())) for line in ax.lines if len(line.get_ydata())) == 90
+    plt.close(figure)
+    with pytest.raises(ValueError, match="bytes must be finite and above 0"):
+        draw_pareto(ax, TABLE.assign(bytes=0), "bytes", xlabel="")
+
+
+def test_panels_share_a_legend(capsys):
+    plot_pareto(
+        TABLE, {"bytes": "bytes of the file", "macs": "MACs"}, alt="Four models by bytes and by MACs.", floor=90
+    )
+    assert "Four models by bytes" in capsys.readouterr().out
+    assert not plt.get_fignums()
