@@ -1,36 +1,24 @@
-"""Knowledge distillation from logits: the loss of Hinton et al. (2015), its decoupled form, mutual learning.
+"""Knowledge distillation from logits: the loss of Hinton et al. (2015), its decoupled form, and the teacher's side.
 
-Each loss is a pure function on tensors ``[N, K]`` that goes down; ``*_terms`` returns the same loss with its parts by
-name, so that a training can plot each. All work under ``torch.func.vmap``. The teacher's logits never carry a gradient.
+Each loss is a pure function that goes down, runs under ``torch.func.vmap``, and computes in float32 at least. The
+teacher's logits never carry a gradient. A class that both rule out (both logits −inf) costs nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.methods.distillation_checks import (
-    check_labelled,
-    check_labels,
-    check_logits,
-    check_pair,
-    check_weight,
-)
-from course_lib.methods.distillation_teacher import frozen, precompute_logits
-from course_lib.methods.temperature import check_temperature, log_softmax_with_temperature
+from course_lib.gate import copy_model, eval_mode
+from course_lib.methods.distillation_features import tap_features
+from course_lib.methods.temperature import check_float, check_number, readable_truth, widen
 
-__all__ = [
-    "KnowledgeDistillation",
-    "decoupled_kd_loss",
-    "decoupled_kd_terms",
-    "frozen",
-    "kd_loss",
-    "kd_terms",
-    "mutual_learning_loss",
-    "precompute_logits",
-    "soft_target_loss",
-]
+__all__ = ["decoupled_kd_loss", "frozen", "kd_loss", "kd_terms", "soft_target_loss", "teacher_table"]
+
+# torch would ignore the label -100 in silence; this one cannot stand in a list of classes by accident.
+NO_LABEL = -(2**63)
 
 
 def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor) -> Tensor:
@@ -40,17 +28,16 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     back, so that one learning rate and one alpha serve every temperature.
 
     Args:
-        student_logits: floating point ``[N, K]``, N ≥ 1, K ≥ 2.
+        student_logits: floating point ``[..., K]``, at least one row.
         teacher_logits: the same shape; must not require a gradient.
         temperature: above 0, the same for both (a tensor without dimensions serves a grid under ``vmap``).
 
     Returns:
-        A scalar in nats, at least 0; 0 where the two distributions agree.
+        A scalar in nats, at least 0 (within rounding), in float32 at least; 0 where the two distributions agree.
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: shapes that differ, an empty batch, NaN or infinity, teacher logits with a gradient, a temperature
-            that is not above 0.
+        ValueError: shapes that differ, no row, teacher logits with a gradient, a temperature that is not above 0.
 
     Source: Hinton, Vinyals & Dean 2015, section 2.
 
@@ -58,11 +45,10 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     >>> soft_target_loss(z, z, temperature=4.0)
     tensor(0.)
     """
-    check_temperature(temperature)
-    check_pair(student_logits, teacher_logits)
-    log_p = log_softmax_with_temperature(teacher_logits, temperature)
-    log_q = log_softmax_with_temperature(student_logits, temperature)
-    return _divergence(log_p, log_q) * temperature**2
+    student, teacher, T = checked(student_logits, teacher_logits, temperature)
+    log_p = torch.log_softmax(teacher / T, dim=-1)
+    log_q = torch.log_softmax(student / T, dim=-1)
+    return T**2 * kl_divergence(log_p, log_q)
 
 
 def kd_loss(
@@ -80,15 +66,15 @@ def kd_loss(
     comparing code: some projects let alpha weigh the hard term.)
 
     Args:
-        student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`.
-        labels: int64 ``[N]``, from 0 to K − 1. Cross-entropy always uses T = 1.
+        student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`, ``[..., K]``.
+        labels: int64 ``[...]``, from 0 to K − 1. Cross-entropy always uses T = 1.
         alpha: in [0, 1] (a tensor without dimensions serves a grid under ``vmap``).
-        labelled: bool ``[N]``, for a transfer set whose labels are only partly known: cross-entropy is the mean over
+        labelled: bool ``[...]``, for a transfer set whose labels are only partly known: cross-entropy is the mean over
             the images marked here (0 in a batch without any), the soft term still the mean over all. What ``labels``
             holds elsewhere is never read. ``None``: every label counts.
 
     Returns:
-        A scalar in nats, at least 0, ready for ``backward()``. :func:`kd_terms` gives its parts by name.
+        A scalar in nats, ready for ``backward()``. :func:`kd_terms` gives its parts by name.
 
     Raises:
         TypeError, ValueError: as in :func:`soft_target_loss`; labels of another dtype, shape or range; alpha outside
@@ -100,8 +86,9 @@ def kd_loss(
     >>> kd_loss(student, teacher, torch.tensor([0]), temperature=2.0, alpha=0.5)
     tensor(0.3371)
     """
-    terms = kd_terms(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha, labelled=labelled)
-    return terms["loss"]
+    hard = cross_entropy(student_logits, labels, labelled)
+    soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
+    return mix(hard, soft, alpha)  # (1 - alpha) * hard + alpha * soft
 
 
 def kd_terms(
@@ -116,16 +103,14 @@ def kd_terms(
     """:func:`kd_loss` by name: ``"loss"``, and unweighted ``"ce"`` and ``"soft"`` (which carries its T²).
 
     All three are there whatever alpha is, so that a curve of the one that is not trained can be drawn too.
+
+    >>> z = torch.tensor([[0.0, 0.0]])
+    >>> kd_terms(z, z, torch.tensor([0]), temperature=2.0, alpha=0.5)
+    {'loss': tensor(0.3466), 'ce': tensor(0.6931), 'soft': tensor(0.)}
     """
-    check_weight("alpha", alpha, most=1.0)
+    hard = cross_entropy(student_logits, labels, labelled)
     soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
-    ce = _cross_entropy(student_logits, labels, labelled)
-    # A weight of 0 takes its term out of the sum altogether, so that the two ends are exact, gradients included.
-    if not isinstance(alpha, Tensor) and alpha in (0, 1):
-        loss = soft if alpha else ce
-    else:
-        loss = (1 - alpha) * ce + alpha * soft
-    return {"loss": loss, "ce": ce, "soft": soft}
+    return {"loss": mix(hard, soft, alpha), "ce": hard, "soft": soft}
 
 
 def decoupled_kd_loss(
@@ -144,15 +129,15 @@ def decoupled_kd_loss(
     weight for good. Cross-entropy is not part of it: add it with the weight you want.
 
     Args:
-        student_logits, teacher_logits, labels, temperature: as in :func:`kd_loss`.
+        student_logits, teacher_logits, labels, temperature: as in :func:`kd_loss`, K ≥ 2.
         alpha: weight of the target-class term, at least 0 (1 in the paper).
-        beta: weight of the non-target-class term, at least 0 (8 for most pairs in the paper).
+        beta: weight of the non-target-class term, at least 0 (2, 6 or 8 by pair of networks in the official code).
 
     Returns:
-        A scalar in nats, at least 0. :func:`decoupled_kd_terms` gives its parts by name.
+        A scalar in nats, at least 0 (within rounding), in float32 at least.
 
     Raises:
-        TypeError, ValueError: as in :func:`kd_loss`; a negative alpha or beta.
+        TypeError, ValueError: as in :func:`kd_loss`; a negative alpha or beta; one class.
 
     Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", equation 7.
 
@@ -160,121 +145,196 @@ def decoupled_kd_loss(
     >>> decoupled_kd_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=0.0)
     tensor(0.1661)
     """
-    return decoupled_kd_terms(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha, beta=beta)[
-        "loss"
-    ]
+    student, teacher, T = checked(student_logits, teacher_logits, temperature, least=2)
+    check_range(check_labels(labels, student), student)
+    right_p, wrong_p = decouple(torch.log_softmax(teacher / T, dim=-1), labels)
+    right_q, wrong_q = decouple(torch.log_softmax(student / T, dim=-1), labels)
+    target, nontarget = kl_divergence(right_p, right_q), kl_divergence(wrong_p, wrong_q)
+    return T**2 * (check_number("alpha", alpha) * target + check_number("beta", beta) * nontarget)
 
 
-def decoupled_kd_terms(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-    beta: float | Tensor,
-) -> dict[str, Tensor]:
-    """:func:`decoupled_kd_loss` by name: ``"loss"``; ``"target"`` and ``"nontarget"`` unweighted, with their T²."""
-    check_temperature(temperature)
-    check_weight("alpha", alpha)
-    check_weight("beta", beta)
-    check_pair(student_logits, teacher_logits)
-    check_labels(labels, student_logits)
-    is_target = torch.arange(student_logits.shape[1], device=labels.device) == labels[:, None]
-    target_p, other_p = _decouple(teacher_logits, temperature, is_target)
-    target_q, other_q = _decouple(student_logits, temperature, is_target)
-    scale = temperature**2
-    target = _divergence(target_p, target_q) * scale
-    nontarget = _divergence(other_p, other_q, ignore=is_target) * scale
-    return {"loss": alpha * target + beta * nontarget, "target": target, "nontarget": nontarget}
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities ``[..., K]``: summed over classes, averaged over the rest."""
+    p = log_p.exp()
+    difference = (log_p - log_q).masked_fill(p == 0, 0.0)  # 0 · (∞ − ∞) of a class that is ruled out is 0
+    return (p * difference).sum() / p.shape[:-1].numel()
 
 
-def mutual_learning_loss(
-    student_logits: Tensor, peer_logits: Tensor, labels: Tensor, *, temperature: float | Tensor = 1.0
-) -> Tensor:
-    """CE(y, student) + T² · KL(peer ‖ student): one student's loss when two students teach each other.
+def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy over all rows of ``[..., K]``, or over those that are marked (0 if none is)."""
+    labels, z = check_labels(labels, logits, labelled), widen(logits)
+    z, labels = (z, labels) if z.dim() <= 2 else (z.flatten(0, -2), labels.flatten())
+    try:
+        each = F.cross_entropy(z, labels, reduction="mean" if labelled is None else "none", ignore_index=NO_LABEL)
+    except IndexError:
+        check_range(labels, logits)
+        raise
+    if labelled is None:
+        return each
+    return each.masked_fill(~labelled.view(labels.shape), 0.0).sum() / labelled.sum().clamp_min(1)
 
-    Call it once a student with the roles exchanged and add the two up. The peer is a teacher for the moment: its logits
-    are detached here, so each call trains one student only.
 
-    Args:
-        student_logits, peer_logits: floating point ``[N, K]``; the peer's may require a gradient, none reaches it.
-        labels: int64 ``[N]``.
-        temperature: above 0; the paper uses 1.
+def mix(hard: Tensor, soft: Tensor, alpha: float | Tensor) -> Tensor:
+    """(1 − α) · hard + α · soft; at the ends exactly one of the two, even if the other is infinite."""
+    alpha = check_number("alpha", alpha, most=1.0)
+    if isinstance(alpha, float) and alpha in (0.0, 1.0):
+        return soft if alpha else hard
+    return (1 - alpha) * hard + alpha * soft
 
-    Returns:
-        A scalar in nats, at least 0.
+
+def decouple(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[..., 2]`` of right class and rest, and ``[..., K]`` within the rest (−inf at the right)."""
+    right = log_p.gather(-1, labels[..., None])
+    others = log_p.scatter(-1, labels[..., None], -torch.inf)
+    alone = (others == -torch.inf).all(dim=-1, keepdim=True)  # nothing but the right class: no −∞ − (−∞) below
+    # 1 − p_y would round to 0 for a sure teacher; the sum over the others in log space does not.
+    rest = others.masked_fill(alone, 0.0).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([right, rest.masked_fill(alone, -torch.inf)], dim=-1), others - rest
+
+
+def frozen(teacher: nn.Module) -> nn.Module:
+    """A copy of ``teacher`` that only answers: always in eval mode, never with gradients.
+
+    The teacher stays as it was, and the copy shares no memory with it. The copy has the same names and ``state_dict``
+    and a class derived from the teacher's: ``train()`` leaves it in eval mode, also when it is called through a module
+    that contains it; a part that was put into train mode by itself is put back before the next answer; and answers are
+    computed without gradients, whatever ``requires_grad_`` said. A compiled teacher gives a frozen, compiled copy.
 
     Raises:
-        TypeError, ValueError: as in :func:`kd_loss`.
+        TypeError: not a ``torch.nn.Module``.
+        UnsupportedModel: (a ValueError) what :func:`course_lib.gate.copy_model` refuses, such as a scripted module or
+            weights under ``torch.nn.utils.prune``.
 
-    Source: Zhang et al. 2018, "Deep Mutual Learning", equation 4.
+    >>> teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    >>> expert = frozen(teacher).train()
+    >>> expert.training, expert(torch.ones(2, 4)).requires_grad, teacher.training
+    (False, False, True)
     """
-    check_logits("peer_logits", peer_logits)
-    soft = soft_target_loss(student_logits, peer_logits.detach(), temperature=temperature)
-    check_labels(labels, student_logits)
-    return F.cross_entropy(student_logits, labels) + soft
+    if isinstance(teacher, nn.Module) and hasattr(teacher, "_orig_mod"):  # made by torch.compile
+        return type(teacher)(frozen(teacher._orig_mod), teacher.dynamo_ctx)
+    still = copy_model(teacher, "freeze").requires_grad_(False)
+    if not isinstance(still, _Frozen):
+        still.__class__ = _frozen_class(type(still))
+    return still.train()
 
 
-@dataclass(frozen=True, eq=False)
-class KnowledgeDistillation:
-    """:func:`kd_terms` over a table of teacher logits: a loss for ``fit`` whose teacher has answered once and for all.
+class _Frozen:
+    """Mixed in front of a module's own class by :func:`frozen`."""
 
-    Attributes:
-        teacher_logits: ``[N, K]``, row i for image i of the split that is trained on (see :func:`precompute_logits`).
-        temperature: above 0.
-        alpha: weight of the soft term, in [0, 1].
-        labelled: bool ``[N]``, the images whose label counts; ``None`` means all.
+    def train(self, mode: bool = True):
+        return super().train(False)
 
-    Called with the batch's logits ``[B, K]``, labels ``[B]`` and positions ``index`` ``[B]`` in the split; returns the
-    terms by name. Right only where image i never changes: with random augmentation the teacher must see the same view
-    as the student (Beyer et al. 2022), so no table can serve.
+    def requires_grad_(self, requires_grad: bool = True):
+        return super().requires_grad_(False)
+
+    def forward(self, *args, **kwargs):
+        super().train(False)  # a part may have been put into train mode on its own
+        with torch.no_grad():
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _empty_frozen, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _frozen_class(module_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Frozen{module_class.__name__}", (_Frozen, module_class), {"__doc__": module_class.__doc__})
+
+
+def _empty_frozen(module_class: type[nn.Module]) -> nn.Module:
+    return object.__new__(_frozen_class(module_class))
+
+
+def teacher_table(
+    teacher: nn.Module | Sequence[nn.Module],
+    images: Tensor | Sequence,
+    *,
+    layer: str | None = None,
+    batch_size: int = 1024,
+) -> Tensor:
+    """A teacher's answers to a fixed transfer set, computed once, in eval mode: the student's epochs look them up.
+
+    Right only where image i never changes: with random augmentation the teacher must see the same view as the student
+    (Beyer et al. 2022), so no table can serve.
+
+    Args:
+        teacher: one module, or R of them; each stays as it was.
+        images: ``[N, ...]`` or a split that holds them as ``.images``, for every teacher; or R such, one a teacher, of
+            one length.
+        layer: the name of a layer whose output is wanted instead of the logits.
+        batch_size: images a forward pass.
+
+    Returns:
+        ``[N, K]`` (or ``[N, ...]`` of the layer) for one teacher, ``[R, N, K]`` for R, without gradient.
+
+    Raises:
+        ValueError: no images, a batch size below 1, another number of image sets than of teachers, no such layer.
+
+    >>> teacher_table(nn.Linear(4, 3), torch.ones(5, 4)).shape
+    torch.Size([5, 3])
     """
-
-    teacher_logits: Tensor
-    temperature: float = 4.0
-    alpha: float = 0.9
-    labelled: Tensor | None = None
-
-    def __post_init__(self):
-        check_temperature(self.temperature)
-        check_weight("alpha", self.alpha, most=1.0)
-        check_pair(self.teacher_logits.detach(), self.teacher_logits)
-        if self.labelled is not None:
-            check_labelled(self.labelled, len(self.teacher_logits))
-
-    def __call__(self, logits: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
-        rows = self.teacher_logits[index]
-        known = None if self.labelled is None else self.labelled[index]
-        return kd_terms(logits, rows, labels, temperature=self.temperature, alpha=self.alpha, labelled=known)
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    for_all = isinstance(images, Tensor) or hasattr(images, "images")
+    each = [getattr(part, "images", part) for part in ([images] * len(teachers) if for_all else images)]
+    if len(each) != len(teachers) or not all(map(len, each)) or not each or batch_size < 1:
+        raise ValueError(
+            f"need images for each of {len(teachers)} teachers and a batch_size of at least 1, got "
+            f"{[tuple(part.shape) for part in each]} and {batch_size}"
+        )
+    tables = [_answers(model, part.split(batch_size), layer) for model, part in zip(teachers, each, strict=True)]
+    return tables[0] if isinstance(teacher, nn.Module) else torch.stack(tables)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None) -> Tensor:
-    """Mean cross-entropy over all images, or over those that are marked."""
-    if labelled is None:
-        check_labels(labels, logits)
-        return F.cross_entropy(logits, labels)
-    check_labelled(labelled, len(logits))
-    if isinstance(labels, Tensor) and labels.shape == labelled.shape:
+def _answers(model: nn.Module, batches: Sequence[Tensor], layer: str | None) -> Tensor:
+    seen: dict[str, Tensor] = {}
+    with eval_mode(model), torch.no_grad():
+        if layer is None:
+            return torch.cat([model(batch) for batch in batches])
+        with tap_features(model, layer, seen):
+            return torch.cat([(model(batch), seen[layer])[1] for batch in batches])
+
+
+def checked(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, least: int = 1
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Logits of one shape, in float32 at least, the teacher's without a gradient; and a temperature above 0."""
+    check_float("student_logits", student)
+    check_float("teacher_logits", teacher)
+    if student.shape != teacher.shape or student.numel() == 0 or student.shape[-1] < least:
+        raise ValueError(
+            f"student_logits and teacher_logits must have the same shape [..., K], K >= {least}, and not be an empty "
+            f"batch; got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher_logits require a gradient, so this loss would train the teacher towards the student: compute them "
+            "with frozen(teacher), or pass teacher_logits.detach(); or are student and teacher swapped?"
+        )
+    T = check_number("temperature", temperature, above_zero=True)
+    student = widen(student)
+    return student, widen(teacher), T.to(student.dtype) if isinstance(T, Tensor) else T
+
+
+def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None) -> Tensor:
+    """Int64 class indices, one a row of logits; 0 where the bool ``labelled`` says that there is none."""
+    check_rows("labels", labels, torch.int64, logits)
+    if labelled is not None:
+        check_rows("labelled", labelled, torch.bool, logits)
         labels = labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class
-    check_labels(labels, logits)
-    each = F.cross_entropy(logits, labels, reduction="none").masked_fill(~labelled, 0.0)
-    return each.sum() / labelled.sum().clamp_min(1)
+    return labels
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, *, ignore: Tensor | None = None) -> Tensor:
-    """Σ p (log p − log q) over classes, mean over images; the entries marked in ``ignore`` count as 0."""
-    difference = log_p - log_q
-    if ignore is not None:
-        difference = difference.masked_fill(ignore, 0.0)
-    return (log_p.exp() * difference).sum(dim=1).mean()
+def check_range(labels: Tensor, logits: Tensor) -> None:
+    last = logits.shape[-1] - 1
+    if not readable_truth((labels.clamp(0, last) == labels).all()):
+        low, high = labels.min().item(), labels.max().item()
+        raise ValueError(f"labels must run from 0 to {last} for {last + 1} classes, got {low} to {high}")
 
 
-def _decouple(logits: Tensor, temperature: float | Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``[N, 2]`` of right class against rest, and ``[N, K]`` within the rest (−inf at the target)."""
-    log_p = log_softmax_with_temperature(logits, temperature)
-    others = log_p.masked_fill(is_target, -torch.inf)
-    # 1 − p_y would round to 0 for a sure teacher; the sum over the others in log space does not.
-    rest = others.logsumexp(dim=1)
-    target = log_p.masked_fill(~is_target, 0.0).sum(dim=1)
-    return torch.stack([target, rest], dim=1), torch.log_softmax(others, dim=1)
+def check_rows(name: str, given: Tensor, dtype: torch.dtype, logits: Tensor) -> None:
+    if not isinstance(given, Tensor) or given.dtype != dtype:
+        kind = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name} must be a {dtype} tensor, one entry a row of logits, got {kind}")
+    if given.shape != logits.shape[:-1]:
+        fit = tuple(logits.shape[:-1])
+        raise ValueError(f"{name} must have shape {fit} to fit logits {tuple(logits.shape)}, got {tuple(given.shape)}")

@@ -18,16 +18,10 @@ LONGEST = 15
 
 
 def huffman_code(counts: Mapping[Hashable, int] | Sequence[int]) -> dict[Hashable, str]:
-    """The Huffman code of symbols that occur ``counts[symbol]`` times.
+    """The Huffman code of symbols that occur ``counts[symbol]`` times: ``{symbol: bit string}``.
 
-    Args:
-        counts: ``{symbol: count}``, or a sequence whose positions are the symbols; counts are integers of at least 0.
-            Symbols that never occur get no word.
-
-    Returns:
-        ``{symbol: bit string}``, prefix-free, of the least possible total length: within one bit of the entropy a
-        symbol. A single symbol gets the word ``"0"``; no symbol at all gives ``{}``. The result does not depend on
-        the order of symbols with equal counts beyond their order in ``counts``.
+    Prefix-free, of the least possible total length, within one bit of the entropy a symbol. One symbol alone gets the
+    word ``"0"``; symbols that never occur get none. ``counts`` is a mapping, or a sequence whose positions are symbols.
 
     Raises:
         TypeError: ``counts`` is neither mapping nor sequence, or a count is no integer.
@@ -36,31 +30,18 @@ def huffman_code(counts: Mapping[Hashable, int] | Sequence[int]) -> dict[Hashabl
     >>> huffman_code({"a": 5, "b": 2, "c": 1})
     {'a': '0', 'b': '10', 'c': '11'}
     """
-    occurring = read_counts(counts)
-    symbols = list(occurring)
-    lengths = code_lengths([occurring[symbol] for symbol in symbols])
-    words = canonical_codes(lengths)
-    return {symbol: format(word, f"0{length}b") for symbol, word, length in zip(symbols, words, lengths, strict=True)}
-
-
-def read_counts(counts: Mapping[Hashable, int] | Sequence[int]) -> dict[Hashable, int]:
-    """The symbols that occur, with their counts as plain integers."""
     if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
-        raise TypeError(
-            f"counts must be a mapping symbol -> count or a sequence of counts, got {type(counts).__name__}"
-        )
-    items = counts.items() if isinstance(counts, Mapping) else enumerate(counts)
-    checked = {}
-    for symbol, count in items:
-        try:
-            whole = operator.index(count)
-        except TypeError:
-            raise TypeError(f"the count of {symbol!r} must be an integer, got {count!r}") from None
-        if whole < 0:
-            raise ValueError(f"the count of {symbol!r} must not be negative, got {whole}")
-        if whole:
-            checked[symbol] = whole
-    return checked
+        raise TypeError(f"counts must be a mapping symbol -> count or a sequence, got {type(counts).__name__}")
+    items = dict(counts if isinstance(counts, Mapping) else enumerate(counts))
+    for symbol, count in items.items():
+        if not hasattr(count, "__index__"):
+            raise TypeError(f"the count of {symbol!r} must be an integer, got {count!r}")
+        if count < 0:
+            raise ValueError(f"the count of {symbol!r} must not be negative, got {count}")
+    occurring = {symbol: operator.index(count) for symbol, count in items.items() if count}
+    lengths = code_lengths(list(occurring.values()))
+    words = zip(canonical_codes(lengths), lengths, strict=True)
+    return {symbol: f"{word:0{n}b}" for symbol, (word, n) in zip(occurring, words, strict=True)}
 
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
@@ -86,7 +67,6 @@ def code_lengths(counts: Sequence[int]) -> list[int]:
 
 def limited_lengths(counts: Sequence[int]) -> list[int]:
     """Huffman lengths of at most :data:`LONGEST` bits; flattening the counts costs next to nothing and always ends."""
-    counts = list(counts)
     while max(lengths := code_lengths(counts), default=0) > LONGEST:
         counts = [(count + 1) // 2 for count in counts]
     return lengths
@@ -125,7 +105,7 @@ def huffman_encode(symbols: np.ndarray, lengths: Sequence[int]) -> bytes:
     sizes = np.asarray(lengths, dtype=np.int64)[symbols]
     words = np.asarray(canonical_codes(lengths), dtype=np.int64)[symbols]
     ends = np.cumsum(sizes)
-    bits = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+    bits = np.zeros(int(sizes.sum()), dtype=np.uint8)
     for back in range(int(sizes.max(initial=0))):
         long_enough = sizes > back
         bits[ends[long_enough] - 1 - back] = (words[long_enough] >> back) & 1
@@ -139,27 +119,23 @@ def huffman_decode(data: bytes, lengths: Sequence[int], count: int) -> np.ndarra
         ValueError: the data ends too early, or holds bits that are no word.
     """
     longest = max(lengths, default=0)
-    if count == 0:
-        return np.zeros(0, dtype=np.int64)
-    if not 1 <= longest <= LONGEST:
+    if count and not 1 <= longest <= LONGEST:
         raise ValueError(f"code words must have 1 to {LONGEST} bits, got {longest}")
-    table_symbol = np.full(1 << longest, -1, dtype=np.int64)
-    table_length = np.zeros(1 << longest, dtype=np.int64)
+    # What a symbol's word is followed by does not matter: all entries of the table that begin with it are the symbol's.
+    table = np.zeros((2, 1 << longest), dtype=np.int64)
     for symbol, (word, length) in enumerate(zip(canonical_codes(lengths), lengths, strict=True)):
         if length:
-            first, past = word << (longest - length), (word + 1) << (longest - length)
-            table_symbol[first:past], table_length[first:past] = symbol, length
+            table[:, word << (longest - length) : (word + 1) << (longest - length)] = [[symbol], [length]]
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
     padded = np.concatenate([bits, np.zeros(longest, dtype=np.uint8)]).astype(np.int64)
     # What the next `longest` bits are, for every position at once; then only the hops from word to word are sequential.
-    window = sum(padded[k : k + len(bits)] << (longest - 1 - k) for k in range(longest))
-    hops = table_length[window].tolist()
-    starts, position = [], 0
+    window = sum(
+        (padded[k : k + len(bits)] << (longest - 1 - k) for k in range(longest)), np.zeros(len(bits), np.int64)
+    )
+    hops, starts, position = table[1, window].tolist(), [], 0
     for _ in range(count):
-        if position >= len(hops) or hops[position] == 0:
+        if position >= len(hops) or not 0 < hops[position] <= len(hops) - position:
             raise ValueError(f"the bit stream ends or breaks after {len(starts)} of {count} symbols")
         starts.append(position)
         position += hops[position]
-    if position > len(hops):
-        raise ValueError(f"the bit stream ends within the last of {count} symbols")
-    return table_symbol[window[starts]]
+    return table[0, window[starts]] if starts else np.zeros(0, dtype=np.int64)

@@ -2,8 +2,7 @@
 
 One formula, three uses. *Raised* while training, for teacher and student alike, it makes the small probabilities of the
 wrong classes visible (Hinton, Vinyals & Dean 2015). *Fitted* on validation data it calibrates a finished model (Guo et
-al. 2017, see :func:`course_lib.evidence.calibration.fit_temperature`). *Lowered* it sharpens, and steers sampling.
-It never moves the arg max.
+al. 2017). *Lowered* it sharpens, and steers sampling. It never moves the arg max.
 """
 
 import math
@@ -12,137 +11,134 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-__all__ = ["check_temperature", "entropy", "log_softmax_with_temperature", "softmax_with_temperature"]
+__all__ = ["entropy", "log_softmax_with_temperature", "softmax_with_temperature"]
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim: int = -1) -> Tensor:
     """Probabilities exp(z_i / T) / Σ_j exp(z_j / T).
 
-    T = 1 is the plain softmax; T → 0 puts everything on the largest logit (ties share); T → ∞ tends to the uniform
-    distribution. The largest logit is subtracted *before* the division, so that logits of ±1e4 and temperatures of
-    1e-30 neither overflow nor give NaN in float32.
+    T = 1 is the plain softmax, T → 0 puts everything on the largest logit (ties share), T → ∞ tends to uniform. The
+    largest logit is taken away *before* the division, so that neither logits of ±1e4 nor T = 1e-30 overflow.
 
     Args:
-        logits: floating point, ``[..., K]``. ``-inf`` is allowed and means "impossible", as long as one entry of each
-            row is finite.
-        temperature: a number above 0 without a unit, or a tensor without dimensions (under ``vmap``, one per replica).
+        logits: floating point ``[..., K]``; ``-inf`` means "impossible", as long as each row has a finite entry.
+        temperature: a number above 0, or a tensor without dimensions (under ``vmap``, one a replica).
         dim: the dimension that holds the K classes.
 
     Returns:
-        Probabilities of the shape and dtype of ``logits``; they add up to 1 along ``dim``.
+        Shape and dtype of ``logits`` (half precision is computed in float32); sums to 1 along ``dim``.
 
     Raises:
-        TypeError: ``logits`` is not a floating-point tensor, ``temperature`` is not a number.
-        ValueError: ``temperature`` is 0, negative, NaN or infinite; no class; NaN or +inf in ``logits``.
+        TypeError: logits that are no floating-point tensor, a temperature that is no number.
+        ValueError: a temperature that is not finite and above 0; no class; NaN or +inf in ``logits``.
 
     Source: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", equation 1.
 
-    >>> z = torch.tensor([2.0, 1.0, 0.0])
-    >>> softmax_with_temperature(z, 1.0)
+    >>> softmax_with_temperature(torch.tensor([2.0, 1.0, 0.0]), 1.0)
     tensor([0.6652, 0.2447, 0.0900])
-    >>> softmax_with_temperature(z, 100.0)
+    >>> softmax_with_temperature(torch.tensor([2.0, 1.0, 0.0]), 100.0)
     tensor([0.3367, 0.3333, 0.3300])
     """
-    return torch.softmax(_scaled(logits, temperature, dim), dim)
+    z, T = checked(logits, temperature, dim)
+    z = z - z.detach().amax(dim, keepdim=True)
+    return torch.softmax(z / T, dim).to(logits.dtype)
 
 
 def log_softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim: int = -1) -> Tensor:
-    """Logarithm (natural) of :func:`softmax_with_temperature`, computed without ever leaving log space.
+    """Natural logarithm of :func:`softmax_with_temperature`, with its arguments and errors; every entry is at most 0.
 
-    Arguments, shape and errors are those of :func:`softmax_with_temperature`; every entry is at most 0. A probability
-    too small for the dtype is 0 there and still a finite number here, which is why every loss of the course uses this.
+    A probability too small for the dtype is 0 there and still a finite number here: losses are computed from this.
 
     >>> log_softmax_with_temperature(torch.tensor([1e4, 0.0]), 1.0)
     tensor([     0., -10000.])
     """
-    return torch.log_softmax(_scaled(logits, temperature, dim), dim)
+    z, T = checked(logits, temperature, dim)
+    z = z - z.detach().amax(dim, keepdim=True)
+    return torch.log_softmax(z / T, dim).to(logits.dtype)
 
 
 def entropy(probabilities: Tensor, *, dim: int = -1) -> Tensor:
-    """Entropy −Σ p log p in nats, from 0 (certain) to log K (uniform).
+    """Entropy −Σ p log p in nats (divide by log 2 for bits), from 0 (certain) to log K (uniform); 0 · log 0 is 0.
 
     Args:
-        probabilities: floating point, ``[..., K]``, each in [0, 1], adding up to 1 along ``dim``; 0 · log 0 is 0.
+        probabilities: floating point ``[..., K]``, each in [0, 1], adding up to 1 along ``dim``.
         dim: the dimension that holds the K classes.
 
     Returns:
-        Nats, the shape of ``probabilities`` without ``dim``. (Divide by log 2 for bits.)
+        The shape of ``probabilities`` without ``dim``, in float32 at least.
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: no class, an entry outside [0, 1] or NaN, rows that do not add up to 1 (logits, perhaps).
+        ValueError: no class, an entry outside [0, 1] or NaN, sums that are not 1 (logits, perhaps).
 
     >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     tensor([0.6931, 0.0000])
     """
-    _check_float("probabilities", probabilities)
-    _check_classes("probabilities", probabilities, dim)
+    p = widen(check_float("probabilities", probabilities, dim))
     # Half precision adds up to 1 within about K times its own rounding, not within a fixed number.
-    tolerance = 1e-5 + 4 * probabilities.shape[dim] * torch.finfo(probabilities.dtype).eps
-    if not _true(((probabilities >= 0) & (probabilities <= 1 + tolerance)).all()):
-        low, high = probabilities.min().item(), probabilities.max().item()
-        raise ValueError(f"probabilities must lie in [0, 1], got values from {low:g} to {high:g}; are these logits?")
-    total = probabilities.detach().sum(dim)
-    if not _true(((total - 1).abs() <= tolerance).all()):
+    slack = 1e-5 + 4 * p.shape[dim] * torch.finfo(probabilities.dtype).eps
+    if not readable_truth(((p >= 0).all(dim) & ((p.sum(dim) - 1).abs() <= slack)).all()):
         raise ValueError(
-            f"probabilities must add up to 1 along dim={dim}, got sums from {total.min().item():g} to "
-            f"{total.max().item():g} (shape {tuple(probabilities.shape)})"
+            f"probabilities must lie in [0, 1] and add up to 1 along dim={dim}, got values from {p.min().item():g} to "
+            f"{p.max().item():g} and sums from {p.sum(dim).min().item():g} to {p.sum(dim).max().item():g}: are these "
+            "logits?"
         )
-    return torch.special.entr(probabilities).sum(dim)
+    return torch.special.entr(p).sum(dim)
 
 
-def check_temperature(temperature: float | Tensor) -> None:
-    """Refuse a temperature that is not a finite number above 0.
+def check_number(
+    name: str, value: float | Tensor, *, most: float = math.inf, above_zero: bool = False
+) -> float | Tensor:
+    """A finite number from 0 (or above it) to ``most``, as a float or as a tensor without dimensions.
 
-    >>> check_temperature(-1)
+    >>> check_number("temperature", -1, above_zero=True)
     Traceback (most recent call last):
-    ValueError: temperature must be a finite number above 0, got -1 (1 leaves the softmax as it is)
+    ValueError: temperature must be a finite number above 0, got -1
     """
-    if isinstance(temperature, Tensor):
-        if temperature.dim() != 0:
-            raise ValueError(
-                f"temperature must be one number or a tensor without dimensions, got shape {tuple(temperature.shape)}"
-            )
-        allowed = _true(torch.isfinite(temperature) & (temperature > 0))
-    elif isinstance(temperature, Real) and not isinstance(temperature, bool):
-        allowed = math.isfinite(temperature) and temperature > 0
+    if isinstance(value, Tensor) and value.dim() == 0:
+        fits = readable_truth((value > 0 if above_zero else value >= 0) & (value <= most) & value.isfinite())
+    elif isinstance(value, Tensor):
+        raise ValueError(f"{name} must be one number or a tensor without dimensions, got shape {tuple(value.shape)}")
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        value = float(value)
+        fits = (value > 0 or (value == 0 and not above_zero)) and value <= most and value < math.inf
     else:
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not allowed:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not fits:
+        span = "above 0" if above_zero else "of at least 0" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{name} must be a finite number {span}, got {value:g}")
+    return value
+
+
+def checked(logits: Tensor, temperature: float | Tensor, dim: int) -> tuple[Tensor, float | Tensor]:
+    """Logits in float32 at least, and a temperature that does not round to 0 there."""
+    T = check_number("temperature", temperature, above_zero=True)
+    z = widen(check_float("logits", logits, dim))
+    if not readable_truth(z.amax(dim).isfinite().all()):
         raise ValueError(
-            f"temperature must be a finite number above 0, got {temperature} (1 leaves the softmax as it is)"
+            f"logits must hold a finite number in each row and no NaN or +inf, got shape {tuple(logits.shape)} with "
+            f"{int(z.isnan().sum())} NaN and {int(z.isposinf().sum())} +inf"
         )
+    smallest = torch.finfo(z.dtype).tiny
+    return z, T.to(z.dtype).clamp_min(smallest) if isinstance(T, Tensor) else max(T, smallest)
 
 
-def _scaled(logits: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
-    """(z − max z) / T: the softmax of it is that of z / T, and its largest entry is 0."""
-    check_temperature(temperature)
-    _check_float("logits", logits)
-    _check_classes("logits", logits, dim)
-    largest = logits.detach().amax(dim, keepdim=True)
-    if not _true(torch.isfinite(largest).all()):
-        raise ValueError(
-            f"logits must hold a finite number in each row and no NaN or +inf, got shape {tuple(logits.shape)} "
-            f"with {int(torch.isnan(logits).sum())} NaN and {int(torch.isposinf(logits).sum())} +inf"
-        )
-    if not isinstance(temperature, Tensor):
-        # A positive double may round to 0 in the logits' own dtype, and 0 / 0 would be NaN.
-        temperature = max(float(temperature), torch.finfo(logits.dtype).tiny)
-    return (logits - largest) / temperature
-
-
-def _check_float(name: str, values: Tensor) -> None:
+def check_float(name: str, values: Tensor, dim: int = -1) -> Tensor:
+    """``values`` if they are a floating-point tensor with at least one class along ``dim``."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         given = f"dtype {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {given}")
-
-
-def _check_classes(name: str, values: Tensor, dim: int) -> None:
+        raise TypeError(f"{name} must be a floating-point tensor [..., K], got {given}")
     if values.dim() == 0 or values.shape[dim] == 0:
         raise ValueError(f"{name} must have at least one class along dim={dim}, got shape {tuple(values.shape)}")
+    return values
 
 
-def _true(condition: Tensor) -> bool:
+def widen(values: Tensor) -> Tensor:
+    """Half precision in float32; float32 and float64 as they are."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
+def readable_truth(condition: Tensor) -> bool:
     """Truth of a boolean tensor; True where it cannot be read (inside ``vmap``, or on the meta device)."""
     try:
         return bool(condition)
