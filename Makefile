@@ -1,67 +1,103 @@
 # Every target works from a fresh clone: `setup` runs first and is instant once the lock is installed.
 PYTHON   ?= python3
 VENV     ?= .venv
+CHAPTERS ?=
 DATASET  ?= digits
 PROFILE  ?= quick
-JOBS     ?= 1
-CHAPTERS ?=
 SEED     ?= 0
+SEEDS    ?= 0 1 2 3 4
+JOBS     ?= 1
 RUN_FLAGS ?=
+LAB_FLAGS ?=
+# Where torch and torchvision come from, if not from where the other packages do; remembered in the environment.
+TORCH_INDEX ?= $(shell cat $(VENV)/torch-index 2>/dev/null)
 
 ifeq ($(OS),Windows_NT)
 PY := $(VENV)/Scripts/python
 else
 PY := $(VENV)/bin/python
 endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# What the torch of another index brings itself, if it needs it.
+OF_TORCH := ^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup course test lint format notebooks readme lab bench lock clean
+.PHONY: help setup setup-dev course lab practice test lint format notebooks readme replicate bench lock clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# The copy of the lock is written last, so an interrupted install is never mistaken for a finished one.
-setup:  ## create .venv and install the locked packages (instant when nothing changed)
-	@cmp -s requirements.lock $(VENV)/installed.lock || { \
+# A lock names every package: nothing is resolved. Its copy is written last, so an interrupted install is never mistaken for a finished one.
+setup:  ## create .venv and install what a learner needs (instant when nothing changed); TORCH_INDEX=<address> for another torch
+	@{ cmp -s requirements.lock $(VENV)/installed.lock && test "$(TORCH_INDEX)" = "$$(cat $(VENV)/torch-index 2>/dev/null)"; } || { \
 	  $(PYTHON) -c 'import sys; sys.exit("This course needs Python 3.11 or newer; make PYTHON=python3.12 setup picks another." if sys.version_info < (3, 11) else 0)' && \
-	  rm -f $(VENV)/installed.lock && \
+	  rm -f $(VENV)/installed.lock $(VENV)/installed-dev.lock && \
 	  { test -x $(PY) || $(PYTHON) -m venv $(VENV); } && \
-	  echo "installing the locked packages into $(VENV) (about 5 GB on Linux, once) ..." && \
-	  $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . && \
+	  if test -n "$(TORCH_INDEX)"; then \
+	    echo "installing torch and torchvision from $(TORCH_INDEX), the rest from the lock, into $(VENV) ..." && \
+	    grep -E '^(torch|torchvision)==' requirements.lock > $(VENV)/torch.lock && \
+	    grep -vE '$(OF_TORCH)' requirements.lock > $(VENV)/rest.lock && \
+	    $(PIP) --no-deps -r $(VENV)/rest.lock && \
+	    $(PIP) --index-url "$(TORCH_INDEX)" -r $(VENV)/torch.lock && \
+	    printf '%s' "$(TORCH_INDEX)" > $(VENV)/torch-index; \
+	  else \
+	    echo "installing the locked packages into $(VENV) (about 5 GB on Linux, once; README tells how to need less) ..." && \
+	    rm -f $(VENV)/torch-index && $(PIP) --no-deps -r requirements.lock; \
+	  fi && \
+	  $(PIP) --no-deps --no-build-isolation --editable . && \
 	  cp requirements.lock $(VENV)/installed.lock; }
 
-course: setup  ## execute the chapters; CHAPTERS="02 05" DATASET=mnist PROFILE=full JOBS=2 SEED=1 narrow or widen it
+setup-dev: setup
+	@cmp -s requirements-dev.lock $(VENV)/installed-dev.lock || { \
+	  echo "installing the developer's tools into $(VENV) ..." && \
+	  rm -f $(VENV)/installed-dev.lock && $(PIP) --no-deps -r requirements-dev.lock && \
+	  cp requirements-dev.lock $(VENV)/installed-dev.lock; }
+
+course: setup  ## execute the lessons; CHAPTERS="02 05.1" DATASET=mnist PROFILE=full JOBS=2 SEED=1 narrow or widen it
 	@$(PY) -m course_lib run $(CHAPTERS) --dataset $(DATASET) --profile $(PROFILE) --seed $(SEED) --jobs $(JOBS) $(RUN_FLAGS)
 
-test: setup lint  ## ruff, then pytest with coverage on tests/, then nbval on notebooks/
-	@$(PY) -m pytest tests -n 2 --dist loadfile --cov --cov-report=term
-	@cd notebooks && OMP_NUM_THREADS=1 ../$(PY) -m pytest -p no:cacheprovider -c ../pyproject.toml --rootdir .. --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile .
+lab: setup  ## open JupyterLab on the first lesson
+	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_FLAGS)
 
-lint: setup  ## check style and formatting with ruff
+practice: setup  ## make the practice notebooks anew from their solutions
+	@$(PY) -m course_lib practice generate
+
+# nbval: every lesson once more in a kernel of its own; what does not depend on the machine is compared.
+test: setup-dev lint  ## ruff, then pytest with coverage on tests/, then nbval on the lessons
+	@mkdir -p build && rm -f build/test-*.xml
+	@$(PY) -m pytest tests -n 2 --dist loadfile --cov --cov-report=term --junitxml=build/test-library.xml
+	@lessons="$$($(PY) -m course_lib list --paths)" && OMP_NUM_THREADS=1 COURSE_UNATTENDED=1 $(PY) -m pytest -p no:cacheprovider \
+	  --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile --junitxml=build/test-lessons.xml $$lessons
+	@$(PY) tests/say_what_ran.py
+
+lint: setup-dev  ## check style and formatting with ruff
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-format: setup  ## let ruff rewrite style and formatting
+format: setup-dev  ## let ruff rewrite style and formatting
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-notebooks: setup  ## re-execute the chapters, store their outputs in notebooks/, and bring README.md up to date
+notebooks: setup  ## execute the lessons, store their outputs in notebooks/, and bring README.md up to date
 	@$(PY) -m course_lib run $(CHAPTERS) --store --jobs $(JOBS)
 	@$(PY) -m course_lib readme
 
-readme: setup  ## put the stored chapters' Pareto figure and claims into README.md and docs/
+readme: setup  ## put a picture and one claim of each chapter into README.md, from the stored lessons
 	@$(PY) -m course_lib readme
 
-lab: setup  ## open JupyterLab on the first chapter
-	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb
+replicate: setup  ## run the lessons under SEEDS="0 1 2 3 4" on DATASET and tell in docs/claims.md which claims held
+	@$(PY) -m course_lib replicate $(CHAPTERS) --seeds "$(SEEDS)" --dataset $(DATASET) --profile $(PROFILE) --jobs $(JOBS)
 
-bench: setup  ## time our batched training against the usual loop, side by side
+bench: setup  ## time our batched training and our loss against the usual ways, side by side
 	@$(PY) -m course_lib bench
 
-lock: setup  ## resolve requirements.lock anew from pyproject.toml, for Linux, macOS and Windows
-	@$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev \
-	  --upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+# The second lock holds what the developer's tools add to the first.
+lock: setup-dev  ## resolve both locks anew from pyproject.toml, for Linux, macOS and Windows
+	@$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --upgrade \
+	  --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+	@$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --constraint requirements.lock --upgrade \
+	  --no-emit-index-url --no-annotate --no-header --quiet --output-file build-all.lock
+	@grep -vxFf requirements.lock build-all.lock > requirements-dev.lock; rm -f build-all.lock
 
 clean:  ## remove what the targets above made (.venv and build/), never a data set
 	@rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* *.egg-info

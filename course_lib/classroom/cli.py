@@ -1,23 +1,24 @@
-"""The command line: ``python -m course_lib list | run | claims | readme | doctor | bench``."""
+"""The command line: ``python -m course_lib list | run | claims | practice | doctor | bench | readme | replicate``."""
 
 import argparse
 import contextlib
 import os
+import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from course_lib.classroom.parameters import CourseError
+from course_lib.classroom import lessons, reports
+from course_lib.classroom.lessons import CourseError
 
 __all__ = ["main"]
 
-PROGRAM = "python -m course_lib"
-
-_RUN_EXAMPLES = f"""examples:
-  {PROGRAM} run                                   every chapter on the embedded digits
-  {PROGRAM} run 02 05 --dataset mnist --jobs 2    two chapters on MNIST, at once
-  {PROGRAM} run pruning --seed 3 -p NAME=VALUE    any parameter of a chapter's parameters cell
-  {PROGRAM} run --resume                          go on after an interruption
+EXAMPLES = """examples:
+  python -m course_lib run                                   every lesson on the embedded digits
+  python -m course_lib run 02 05.1 --dataset mnist --jobs 2  a chapter and a lesson on MNIST, two at once
+  python -m course_lib run 03 --seed 3 -p NAME=VALUE         any parameter of a lesson's parameters cell
+  python -m course_lib run --resume                          go on after an interruption
 """
 
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 for success; 1 if a chapter, a claim or a check failed; 2 for something to correct in what was asked; 130
+        0 for success; 1 if a lesson, a claim or a check failed; 2 for something to correct in what was asked; 130
         after Ctrl-C (128 + the signal's number).
     """
     for stream in (sys.stdout, sys.stderr):
@@ -34,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     parser = _parser()
     try:
-        options = parser.parse_args(argv)
+        options, rest = parser.parse_known_args(argv)
+        if options.command is None:
+            parser.print_help()
+        elif rest and options.command != "practice":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as leaving:
         return int(leaving.code or 0)
-    if options.command is None:
-        parser.print_help()
-        return 0
     try:
-        code = options.action(options)
+        code = options.action(options, rest) if options.command else 0
         sys.stdout.flush()
         return code
     except CourseError as error:
@@ -62,151 +64,192 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="A course on neural-network compression: run its chapters, see what they prove."
+        prog="python -m course_lib",
+        description="A course on neural-network compression: run its lessons, see what they prove.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    listing = commands.add_parser("list", help="the chapters: article sections, reading and run time")
-    listing.set_defaults(action=_list)
+    def command(name: str, action: Callable, help: str, **more) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
+        made.set_defaults(action=action)
+        made.add_argument(
+            "--notebooks", type=Path, metavar="DIR", default=lessons.notebooks_folder(), help="the lessons"
+        )
+        return made
 
-    run = commands.add_parser(
-        "run",
-        help="execute chapters and collect their claims",
-        description="Execute chapters, each in a kernel of its own, and collect their claims. Everything that was "
-        "asked is checked before the first kernel starts. Exit code 1 if a chapter fails; the others still run.",
-        epilog=_RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add_argument("chapters", nargs="*", metavar="CHAPTER", help="02, pruning or 02_pruning (default: all)")
-    run.add_argument("--dataset", help="digits (default, needs no network), mnist, fashion_mnist, kmnist or cifar10")
-    run.add_argument("--profile", help="quick (default) or full: more seeds, longer training")
-    run.add_argument("--seed", help="seed of the first replica, an integer from 0 (default: 0)")
-    run.add_argument(
-        "-p",
-        "--parameter",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a parameter of the chapters' parameters cells; may be repeated",
-    )
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="chapters at once; they share the cores")
-    run.add_argument(
-        "--resume", action="store_true", help="skip chapters executed before with this source and these parameters"
-    )
-    run.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the executed notebooks (build/course/DATASET-PROFILE)"
-    )
-    run.add_argument("--store", action="store_true", help="store the outputs in notebooks/ itself, without run data")
-    run.add_argument(
-        "--timeout", type=int, default=3600, metavar="S", help="seconds that a cell may take (3600; 0 for no limit)"
-    )
-    run.set_defaults(action=_run)
-
-    claims = commands.add_parser(
-        "claims",
-        help="every claim, what was measured, whether it holds",
-        description="Every claim of executed notebooks. Exit code 1 if one fails, or a notebook carries an error.",
-    )
+    listing = command("list", _list, "the lessons: article sections, reading and run time")
+    listing.add_argument("--paths", action="store_true", help="only their paths")
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    run = command("run", _run, "execute lessons and count their claims; exit code 1 if one fails", **raw)
+    again = command("replicate", _replicate, "run lessons under several seeds and tell in docs/claims.md what held")
+    for made in (run, again):
+        made.add_argument("lessons", nargs="*", metavar="LESSON", help="02, 02.4, pruning ... (default: all)")
+        made.add_argument("--dataset", help="digits (default, needs no network), mnist, fashion_mnist, kmnist, cifar10")
+        made.add_argument("--profile", help="quick (default) or full: more seeds, longer training")
+        made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="any parameter")
+        made.add_argument("--jobs", type=int, default=1, metavar="N", help="lessons at once; they share the cores")
+    run.add_argument("--seed", help="of the first replica, an integer from 0 (default: 0)")
+    run.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (build/course/DATASET-PROFILE)")
+    run.add_argument("--resume", action="store_true", help="leave out what was executed before from the same bytes")
+    run.add_argument("--store", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
+    run.add_argument("--timeout", type=int, default=3600, metavar="S", help="seconds for a cell (3600; 0: no limit)")
+    again.add_argument("--seeds", default="0 1 2 3 4", help="one run each (default: %(default)s)")
+    claims = command("claims", _claims, "every claim and what was measured; exit code 1 if one is false")
     claims.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="executed notebooks or folders (default: the newest run)"
+        "paths", nargs="*", type=Path, metavar="PATH", help="notebooks, folders (default: the newest run)"
     )
     claims.add_argument("--json", action="store_true", help="as JSON")
-    claims.set_defaults(action=_claims)
-
-    doctor = commands.add_parser("doctor", help="check this installation and say how to mend it")
-    doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel")
-    doctor.set_defaults(action=_doctor)
-
-    bench = commands.add_parser("bench", help="our batched training against the usual loop, side by side")
-    bench.set_defaults(action=_bench)
-
-    readme = commands.add_parser(
-        "readme",
-        help="put the stored chapters' picture and claims into README.md",
-        description="Lift the Pareto figure and every claim from the stored chapters into README.md and docs/. "
-        "With --check, change nothing and exit with 1 if something is not up to date.",
-    )
-    readme.add_argument("--check", action="store_true", help="only say what is not up to date")
-    readme.set_defaults(action=_readme)
-
-    for command in (listing, run, claims, readme):
-        command.add_argument(
-            "--notebooks", type=Path, metavar="DIR", help="folder of the chapters (the course's own notebooks/)"
-        )
+    command("practice", _practice, "the practice notebooks: generate, grade", add_help=False)
+    doctor = command("doctor", _doctor, "check this installation and say how to mend it")
+    doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel and reading data sets")
+    command("bench", _bench, "batched training and kd_loss against the usual ways, side by side")
+    readme = command("readme", _readme, "put a picture and a claim of each chapter into README.md")
+    readme.add_argument("--check", action="store_true", help="change nothing; exit code 1 if it is not up to date")
     return parser
 
 
-def _notebooks(options: argparse.Namespace) -> Path:
-    from course_lib.classroom.chapters import notebooks_folder
-
-    return options.notebooks or notebooks_folder()
-
-
-def _list(options: argparse.Namespace) -> int:
-    from course_lib.classroom.chapters import chapter_paths, load_chapter
-    from course_lib.classroom.display import show_table
-
-    chapters = [load_chapter(path) for path in chapter_paths(_notebooks(options))]
-    rows = [[c.name, c.title, ", ".join(c.sections) or "-", _number(c.minutes), _number(c.seconds)] for c in chapters]
-    show_table(["chapter", "title", "article sections", "reading min", "run s"], rows)
+def _list(options, rest) -> int:
+    found = lessons.find_lessons(options.notebooks)
+    if options.paths:
+        print("\n".join(reports.shown_path(lesson.path) for lesson in found))
+        return 0
+    rows = []
+    for lesson in found:
+        try:
+            lesson = lesson.read()
+        except CourseError as error:
+            rows.append((lesson.number, f"not readable: {error}", "-", "-", "-"))
+            continue
+        times = ["-" if value is None else str(value) for value in (lesson.minutes, lesson.seconds)]
+        rows.append((lesson.number, lesson.title, ", ".join(lesson.sections) or "-", *times))
+    reports.show_table(("lesson", "title", "article sections", "reading min", "run s"), rows)
     return 0
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+def _given(options, **more: str | None) -> dict[str, str]:
+    given = {"dataset": options.dataset, "profile": options.profile, **more}
+    given = {name: text for name, text in given.items() if text is not None}
+    for assignment in options.parameter:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise CourseError(f"-p takes NAME=VALUE, got {assignment!r}")
+        if given.setdefault(name, text) != text:
+            raise CourseError(f"{name} is given twice: {given[name]!r} and {text!r}")
+    return given
 
 
-def _run(options: argparse.Namespace) -> int:
-    from course_lib.classroom.plan import RunOptions, make_plan
-    from course_lib.classroom.runner import Interrupted, run_chapters
+def _run(options, rest) -> int:
+    from course_lib.classroom.runner import run_lessons
 
-    plan = make_plan(
-        RunOptions(
-            notebooks=_notebooks(options),
-            chapters=options.chapters,
-            dataset=options.dataset,
-            profile=options.profile,
-            seed=options.seed,
-            assignments=options.parameter,
-            output=options.output,
-            jobs=options.jobs,
-            timeout=options.timeout,
-            resume=options.resume,
-            store=options.store,
-        )
+    names = ("output", "jobs", "timeout", "resume", "store")
+    given = _given(options, seed=options.seed)
+    return run_lessons(
+        options.notebooks, options.lessons, given=given, **{name: getattr(options, name) for name in names}
     )
-    try:
-        return run_chapters(plan)
-    except Interrupted as interrupted:
-        print(f"interrupted by {interrupted}: everything was stopped; unfinished outputs were removed", file=sys.stderr)
-        return interrupted.exit_code
 
 
-def _claims(options: argparse.Namespace) -> int:
-    from course_lib.classroom.claims import show_claims
+def _replicate(options, rest) -> int:
+    seeds = options.seeds.replace(",", " ").split()
+    return reports.replicate(options.notebooks, options.lessons, seeds, _given(options), options.jobs)
 
-    return show_claims(options.paths, _notebooks(options), json_wanted=options.json)
+
+def _claims(options, rest) -> int:
+    return reports.show_claims(options.paths, options.notebooks, as_json=options.json)
 
 
-def _readme(options: argparse.Namespace) -> int:
-    from course_lib.classroom.readme import refresh_readme
-
-    notebooks = _notebooks(options).resolve()
-    stale = refresh_readme(notebooks.parent, notebooks, check=options.check)
+def _readme(options, rest) -> int:
+    stale = reports.refresh_readme(options.notebooks.resolve().parent, options.notebooks.resolve(), check=options.check)
     for name in stale:
         print(f"{name}: {'not up to date; `make readme` mends it' if options.check else 'brought up to date'}")
-    if not stale:
-        print("README.md and its picture are up to date")
     return 1 if stale and options.check else 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _practice(options, rest) -> int:
+    from course_lib.classroom.practice import main as practice
+
+    return practice(rest)
+
+
+def _doctor(options, rest) -> int:
     from course_lib.classroom.doctor import examine
 
     return examine(fast=options.fast)
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from course_lib.classroom.bench import main as bench
+def _bench(options, rest) -> int:
+    import torch
 
-    return bench()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    met = True
+    for name, (usual, ours, calls, least) in bench_pairs().items():
+        usual(), ours()
+        ratios = []
+        for _ in range(7 if calls > 1 else 3):  # in turn, so that a busy moment hits both
+            seconds = []
+            for way in (usual, ours):
+                started = time.perf_counter()
+                for _ in range(calls):
+                    way()
+                seconds.append((time.perf_counter() - started) / calls)
+            ratios.append(seconds[0] / seconds[1])
+        middle = statistics.median(ratios)
+        met &= middle >= least
+        print(f"{name:<40} {middle:6.2f}x ({min(ratios):.2f}-{max(ratios):.2f}), wanted {least:.2f}x", flush=True)
+    print("all wanted ratios met" if met else "a wanted ratio was missed on this machine")
+    return 0 if met else 1
+
+
+def bench_pairs() -> dict[str, tuple[Callable, Callable, int, float]]:
+    """What ``bench`` times: the usual way, ours, calls a round, and the least ratio usual / ours that is wanted."""
+    import torch
+    from torch.nn import functional
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from course_lib.lab.data import load_dataset
+    from course_lib.lab.models import build_model
+    from course_lib.lab.replicas import fit_replicas
+    from course_lib.lab.training import TrainConfig
+    from course_lib.methods.distillation import kd_loss
+
+    data, epochs, replicas = load_dataset("digits"), 2, 32
+
+    def loop(name: str) -> None:
+        for seed in range(replicas):
+            torch.manual_seed(seed)
+            model = build_model(name, data.input_shape, data.num_classes, seed=seed)
+            loader = DataLoader(TensorDataset(data.train.images, data.train.labels), batch_size=64, shuffle=True)
+            optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+            for images, labels in (batch for _ in range(epochs) for batch in loader):
+                optimizer.zero_grad()
+                functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+
+    def batched(name: str) -> None:
+        def make(seed: int):
+            return build_model(name, data.input_shape, data.num_classes, seed=seed)
+
+        fit_replicas(make, range(replicas), data.train, TrainConfig(epochs=epochs, batch_size=64))
+
+    student, teacher = torch.randn(2, 128, 10, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    labels = torch.arange(128) % 10
+
+    def bare() -> None:
+        soft = functional.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
+        (0.5 * functional.cross_entropy(student, labels) + 0.5 * 16 * soft).backward()
+
+    return {
+        "mlp32, 32 replicas against a loop": (lambda: loop("mlp32"), lambda: batched("mlp32"), 1, 8.0),
+        "cnn_student, 32 replicas against a loop": (
+            lambda: loop("cnn_student"),
+            lambda: batched("cnn_student"),
+            1,
+            3.0,
+        ),
+        "kd_loss against the bare formula": (
+            bare,
+            lambda: kd_loss(student, teacher, labels, temperature=4.0, alpha=0.5).backward(),
+            300,
+            1 / 1.3,
+        ),
+    }

@@ -1,248 +1,223 @@
 """Doctor: looks at an installation, says what it found, and how to mend what is wrong."""
 
+import contextlib
+import io
+import json
 import os
+import platform
 import shutil
+import struct
 import sys
+import sysconfig
+import tempfile
 import tomllib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import course_lib
-from course_lib.classroom.display import watched
 
-__all__ = ["Finding", "examine"]
+__all__ = ["examine", "without_torch"]
 
 ROOT = Path(course_lib.__file__).resolve().parents[1]
-TRIED_PAIR = {"torch": "2.15.0", "torchvision": "0.29.2"}
-MINIMUM_PYTHON = (3, 11)
-ENOUGH_DISK_GB = 2.0
-
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-_STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
+_INT8 = {"avx512_vnni": "VNNI", "avx_vnni": "VNNI", "amx_int8": "AMX", "dotprod": "dot product", "i8mm": "i8mm"}
+_WIDE = {"avx2": "AVX2", "avx512_f": "AVX-512", "neon": "NEON", "sve": "SVE"}
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: ``status`` is ``"ok"``, ``"warn"`` or ``"FAIL"``; ``mend`` says what to do unless it is ok."""
-
-    status: str
-    name: str
-    found: str
-    mend: str = ""
+Finding = tuple[str, str, str, str]
+"""Status, what was looked at, what was found, and what to do unless all is well."""
 
 
 def examine(*, fast: bool = False) -> int:
-    """Run every check and print the findings as they come; 1 if one is a FAIL, else 0.
+    """Run every check and print the findings as they come; 1 if one is to be mended, else 0.
 
     Args:
         fast: leave out what takes seconds: starting a kernel, reading the data sets that are there.
     """
-    checks: list[Callable[[], Iterable[Finding]]] = [
-        check_python, check_environment, check_packages, check_pair, check_processor,
-        lambda: check_data(read=not fast), check_mirror, check_cache, check_onnxruntime, check_disk,
-    ]  # fmt: skip
-    if not fast:
-        checks.append(check_kernel)
-    counts = {OK: 0, WARN: 0, FAIL: 0}
-    for check in checks:
-        for finding in _guarded(check):
-            counts[finding.status] += 1
-            _show(finding)
+    counts = dict.fromkeys((OK, WARN, FAIL), 0)
+    checks = [_python, _packages, _processor, _data_unread if fast else _data, _places, _onnxruntime, _jupyter]
+    for check in checks if fast else [*checks, _kernel]:
+        try:
+            found = check()
+            for status, name, told, mend in found:
+                counts[status] += 1
+                print(
+                    f"{status:5} {name:12} {' '.join(told.split())}" + f"\n{'':18} -> {mend}" * bool(mend), flush=True
+                )
+        except Exception as error:
+            counts[FAIL] += 1
+            print(f"{FAIL:5} {check.__name__[1:]:12} {type(error).__name__}: {error}\n{'':18} -> make setup")
     print(f"{counts[OK]} ok, {counts[WARN]} to know about, {counts[FAIL]} to mend")
     return 1 if counts[FAIL] else 0
 
 
-def check_python() -> Iterable[Finding]:
-    """The interpreter is one that the course supports."""
-    found = f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
-    wanted = ".".join(map(str, MINIMUM_PYTHON))
-    if sys.version_info[:2] < MINIMUM_PYTHON:
-        mend = f"install Python {wanted} or newer, remove .venv, then: make PYTHON=python{wanted} setup"
-        yield Finding(FAIL, "Python", found, mend)
-    else:
-        yield Finding(OK, "Python", found)
+def without_torch(system: str, machine: str, libc: str, bits: int) -> str:
+    """What to do on a system for which the locked torch has no build, or "" where it has one.
+
+    >>> without_torch("Linux", "x86_64", "glibc", 64)
+    ''
+    """
+    else_read = "or read the stored outputs, for which nothing is needed"
+    if bits < 64:
+        return f"torch has no build for a 32-bit Python: install a 64-bit one, {else_read}"
+    if system == "Darwin" and machine == "x86_64":
+        return (
+            "torch 2.3 and newer have no build for Intel Macs: use Binder or a Linux container, "
+            f"{else_read} (on Apple silicon, install Python for arm64: this one runs under Rosetta)"
+        )
+    if system == "Linux" and (libc != "glibc" or machine not in ("x86_64", "aarch64")):
+        return f"torch has no build for {machine} with {libc}: use a glibc container on x86_64 or aarch64, {else_read}"
+    return ""
 
 
-def check_environment() -> Iterable[Finding]:
-    """It is the course's own environment, or at least somebody's environment."""
-    name, conda = "environment", os.environ.get("CONDA_PREFIX")
-    if Path(sys.prefix).resolve() == (ROOT / ".venv").resolve():
-        yield Finding(OK, name, "the course's .venv")
-    elif conda and Path(sys.prefix).resolve() == Path(conda).resolve():
-        yield Finding(OK, name, f"conda, {conda}")
-    else:
-        mend = f"if packages are missing: make setup, then use {ROOT / '.venv'}"
-        yield Finding(WARN, name, f"neither the course's .venv nor conda, but {sys.prefix}", mend)
+def _python() -> Iterator[Finding]:
+    told = f"{platform.python_version()} ({sys.executable})"
+    old = sys.version_info[:2] < (3, 11)
+    mend = "install Python 3.11 or newer, remove .venv, then: make PYTHON=python3.11 setup" if old else ""
+    yield FAIL if old else OK, "Python", told, mend
+    libc = "musl" if "musl" in (sysconfig.get_config_var("HOST_GNU_TYPE") or "") else "glibc"
+    mend = without_torch(platform.system(), platform.machine(), libc, struct.calcsize("P") * 8)
+    yield FAIL if mend else OK, "system", f"{platform.system()} {platform.machine()}", mend
+    own = Path(sys.prefix).resolve() in (ROOT / ".venv", Path(os.environ.get("CONDA_PREFIX") or ROOT).resolve())
+    mend = "" if own else "neither .venv nor conda; if packages are missing: make setup"
+    yield OK if own else WARN, "environment", sys.prefix, mend
 
 
-def check_packages() -> Iterable[Finding]:
-    """Every direct dependency is installed in the version of the lock."""
+def _packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
-    try:
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        mend = "run the doctor in a clone of the course to compare versions"
-        yield Finding(WARN, "packages", f"not compared with the lock: no {error.filename}", mend)
-        return
-    entries = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
-    here = [entry for entry in entries if entry.marker is None or entry.marker.evaluate()]
-    locked = {entry.name.lower(): next(iter(entry.specifier)).version for entry in here}
-    direct = [Requirement(text).name.lower() for text in project["dependencies"]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = map(Requirement, (ROOT / "requirements.lock").read_text(encoding="utf-8").split("\n")[:-1])
+    locked = {e.name.lower(): str(e.specifier)[2:] for e in entries if e.marker is None or e.marker.evaluate()}
     wrong = 0
-    for package in direct:
-        installed = _version(package)
-        if installed is None:
-            wrong += 1
-            yield Finding(FAIL, package, f"missing (locked: {locked.get(package, 'no version')})", "make setup")
-        elif package in locked and installed != locked[package]:
-            wrong += 1
-            mend = f"delete {Path('.venv', 'installed.lock')}, then: make setup"
-            yield Finding(FAIL, package, f"{installed} (locked: {locked[package]})", mend)
-    if not wrong:
-        yield Finding(OK, "packages", f"{len(direct)} direct dependencies, as locked")
-
-
-def check_pair() -> Iterable[Finding]:
-    """torch and torchvision are the two that were tried together, and can be imported."""
-    found = {name: _version(name) for name in TRIED_PAIR}
-    shown = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
-    tried = ", ".join(f"{name} {version}" for name, version in TRIED_PAIR.items())
-    if found != TRIED_PAIR:
-        yield Finding(FAIL, "torch pair", shown, f"the pair that was tried is {tried}: make setup")
-        return
-    import torch
-    import torchvision  # noqa: F401
-
-    device = f"{torch.cuda.device_count()} CUDA device(s)" if torch.cuda.is_available() else "no CUDA device needed"
-    yield Finding(OK, "torch pair", f"{shown}; {device}")
-
-
-def check_processor() -> Iterable[Finding]:
-    """What the timings will depend on: vector instructions, int8 dot products, cores, threads."""
-    import torch
-
-    from course_lib.classroom.machine import cpu_flags, cpu_name, int8_support, relevant_flags
-    from course_lib.classroom.processes import available_cores
-
-    flags = cpu_flags()
-    told = ", ".join(relevant_flags(flags)) or "none of the known features" if flags else "features unknown"
-    capability = torch.backends.cpu.get_cpu_capability()
-    found = f"{cpu_name()}; {told}; torch uses {capability}"
-    yield Finding(OK, "processor", found)
-    if flags is not None and not int8_support(flags):
-        mend = "nothing to mend: int8 may be no faster here, and such claims are then reported, not failed"
-        yield Finding(WARN, "int8", "no VNNI, AMX or Arm dot product", mend)
-    yield Finding(OK, "cores", f"{available_cores()} usable, torch computes with {torch.get_num_threads()} threads")
-
-
-def check_data(*, read: bool = True) -> Iterable[Finding]:
-    """The folder of the data sets: usable, and what is in it is whole."""
-    from course_lib.lab.data import DATASETS, DataError, load_dataset
-    from course_lib.lab.sources import SOURCES
-
-    folder, chosen = data_folder(), bool(os.environ.get("COURSE_DATA"))
-    origin = "COURSE_DATA" if chosen else "the default"
-    if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
-        yield Finding(FAIL, "data folder", f"{folder} ({origin}) is no readable folder", "set COURSE_DATA to another")
-        return
-    if not _writable(folder):
-        mend = "fine for a shared folder that has what you need; to download, set COURSE_DATA to a folder of yours"
-        there = "read-only" if folder.exists() else "does not exist and cannot be made"
-        yield Finding(WARN, "data folder", f"{folder} ({origin}), {there}", mend)
-    elif chosen and not folder.exists():
-        mend = "check the spelling of COURSE_DATA; the folder is made at the first download"
-        yield Finding(WARN, "data folder", f"{folder} ({origin}) does not exist yet", mend)
-    else:
-        state = "" if folder.exists() else ", made at the first download"
-        yield Finding(OK, "data folder", f"{folder} ({origin}){state}")
-    sources = [SOURCES[name] for name in DATASETS if name in SOURCES]
-    there = [s.name for s in sources if any((folder / p).exists() for p in (s.folder, *s.archives))]
-    sound = ["digits (inside scikit-learn)"]
-    for name in there:
+    for name in (names := [Requirement(text).name.lower() for text in project["dependencies"]]):
         try:
-            if read:
-                load_dataset(name, root=folder, download=False)
-            sound.append(name)
+            # A build for one kind of processor, such as 2.15.0+cpu, is the same version.
+            installed = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed != locked[name]:
+            wrong += 1
+            mend = "delete .venv/installed.lock, then: make setup"
+            yield FAIL, name, f"{installed} (locked: {locked[name]})", mend
+    import torch
+    import torchvision
+
+    if not wrong:
+        pair = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+        yield OK, "packages", f"{len(names)} direct dependencies, as locked; {pair}", ""
+
+
+def _processor() -> Iterator[Finding]:
+    import torch
+
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    told = ", ".join(dict.fromkeys(label for name, label in (_WIDE | _INT8).items() if able.get(name)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = able.get("cpu_name") or platform.processor() or platform.machine()
+    used = f"torch uses {torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}"
+    yield OK, "processor", f"{name}; {told or 'features unknown'}; {cores} cores, {used}", ""
+    if able and not any(able.get(name) for name in _INT8):
+        mend = "nothing to mend: int8 may be no faster here, and such claims are then reported, not failed"
+        yield WARN, "int8", "no VNNI, AMX or Arm dot product", mend
+
+
+def _data_unread() -> Iterator[Finding]:
+    return _data(read=False)
+
+
+def _data(read: bool = True) -> Iterator[Finding]:
+    from course_lib.lab.data import DataError, load_dataset
+    from course_lib.lab.download import SOURCES
+
+    folder, chosen = _data_folder(), os.environ.get("COURSE_DATA")
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+        yield FAIL, "data folder", f"{folder} is no readable folder", "set COURSE_DATA to another"
+        return
+    mend = (
+        "" if _writable(folder) else "fine if it has what you need; to download, set COURSE_DATA to a folder of yours"
+    )
+    if chosen and not folder.exists():
+        mend = "it does not exist: check the spelling of COURSE_DATA; a download makes it"
+    yield WARN if mend else OK, "data folder", str(folder), mend
+    yield OK, "data sets", "digits (inside scikit-learn)", ""
+    for name, source in SOURCES.items():
+        if not (folder / source.folder).exists() and not (source.archive and (folder / source.archive).exists()):
+            continue
+        if not read:
+            yield WARN, "data sets", f"{name}: files are there, not read", "the doctor without --fast reads them"
+            continue
+        try:
+            data = load_dataset(name, root=folder, download=False)
+            yield OK, "data sets", f"{name}, {len(data.train) + len(data.val):,} training images", ""
         except DataError as error:
-            yield Finding(FAIL, name, str(error), "see the text; digits needs no file")
-    yield Finding(OK, "data sets", ", ".join(sound))
+            yield FAIL, name, str(error), "see the text; digits needs no file"
 
 
-def check_mirror() -> Iterable[Finding]:
-    """A mirror for downloads, where one is set, is an address."""
-    mirror = os.environ.get("COURSE_MIRROR", "")
+def _places() -> Iterator[Finding]:
+    from course_lib.files import cache_folder
+
+    mirror, cache = os.environ.get("COURSE_MIRROR", ""), cache_folder("checkpoints")
     if mirror and (urlsplit(mirror).scheme not in ("http", "https", "file") or "//" not in mirror):
-        mend = "set COURSE_MIRROR to an address such as http://server/data, or unset it"
-        yield Finding(FAIL, "mirror", f"COURSE_MIRROR is {mirror!r}", mend)
-    else:
-        yield Finding(OK, "mirror", mirror or "none set: data sets come from their own addresses")
+        yield (
+            FAIL,
+            "mirror",
+            f"COURSE_MIRROR is {mirror!r}",
+            "set it to an address such as http://server/data, or unset it",
+        )
+    mend = (
+        "" if _writable(cache) else "read-only: set COURSE_CACHE to a folder of yours, or lessons train anew each time"
+    )
+    yield WARN if mend else OK, "cache", str(cache), mend
+    for name, folder in (("disk, course", ROOT), ("disk, data", _data_folder())):
+        free = shutil.disk_usage(_nearest(folder)).free / 1e9
+        mend = "" if free >= 2 else "free 2 GB, or set COURSE_DATA to a larger disk"
+        yield WARN if mend else OK, name, f"{free:.1f} GB free at {folder}", mend
 
 
-def check_cache() -> Iterable[Finding]:
-    """Trained models can be kept."""
-    from course_lib.lab.checkpoints import cache_folder
-
-    folder = cache_folder()
-    if _writable(folder):
-        yield Finding(OK, "cache", str(folder))
-    else:
-        yield Finding(FAIL, "cache", f"{folder} cannot be written", "set COURSE_CACHE to a folder of yours")
-
-
-def check_onnxruntime() -> Iterable[Finding]:
-    """ONNX Runtime computes."""
+def _onnxruntime() -> Iterator[Finding]:
     import numpy as np
     import onnxruntime
-    from onnx import TensorProto, helper
+    from onnx import parser
 
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "double", ends[:1], ends[1:])
-    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)])
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Add(x, x) }'
+    )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (doubled,) = session.run(None, {"x": np.array([1.0, 2.0], dtype=np.float32)})
-    right = doubled.tolist() == [2.0, 4.0]
-    found = f"{onnxruntime.__version__} computes" if right else f"1 + 1 and 2 + 2 are {doubled.tolist()}"
-    yield Finding(OK if right else FAIL, "ONNX Runtime", found, "" if right else "make setup")
+    right = session.run(None, {"x": np.array([1, 2], dtype=np.float32)})[0].tolist() == [2, 4]
+    yield OK if right else FAIL, "ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup"
 
 
-def check_disk() -> Iterable[Finding]:
-    """There is room for results, data sets and trained models."""
-    for name, folder in (("disk, course", ROOT), ("disk, data", data_folder())):
-        free = shutil.disk_usage(_nearest(folder)).free / 1e9
-        mend = "" if free >= ENOUGH_DISK_GB else f"free {ENOUGH_DISK_GB:g} GB, or set COURSE_DATA to a larger disk"
-        yield Finding(WARN if mend else OK, name, f"{free:.1f} GB free at {folder}", mend)
+def _jupyter() -> Iterator[Finding]:
+    """JupyterLab starts what the name python3 leads to, which another installation may have taken."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    spec = KernelSpecManager().get_kernel_spec("python3")
+    program = Path(shutil.which(spec.argv[0]) or spec.argv[0])
+    # A bare name is replaced by the interpreter that runs JupyterLab.
+    own = spec.argv[0] in ("python", "python3") or program.parent.resolve() == Path(sys.executable).parent.resolve()
+    mend = "" if own else f"move {spec.resource_dir} away: JupyterLab takes it for the course's kernel (`run` does not)"
+    yield OK if own else WARN, "Jupyter", f"its kernel python3 is {program if not own else 'this Python'}", mend
 
 
-def check_kernel() -> Iterable[Finding]:
-    """A kernel of this interpreter starts, as it does for a chapter, and computes."""
-    from course_lib.classroom.trial import run_trial
+def _kernel() -> Iterator[Finding]:
+    from course_lib.classroom.runner import run_lessons
 
-    found = run_trial()
-    good = found.startswith("1 + 1 = 2")
-    mend = "make setup; if a firewall guards this machine, allow connections to 127.0.0.1"
-    yield Finding(OK if good else FAIL, "kernel", found, "" if good else mend)
+    cell = {"cell_type": "code", "metadata": {}, "source": "assert 1 + 1 == 2", "outputs": [], "execution_count": None}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    with tempfile.TemporaryDirectory(prefix="course-") as folder, contextlib.redirect_stdout(io.StringIO()) as told:
+        Path(folder, "00_trial.ipynb").write_text(json.dumps(notebook))
+        good = run_lessons(Path(folder), output=Path(folder, "out"), timeout=60) == 0
+    mend = "" if good else "make setup; if a firewall guards this machine, allow connections to 127.0.0.1"
+    yield OK if good else FAIL, "kernel", "starts and computes" if good else told.getvalue()[-300:], mend
 
 
-def data_folder() -> Path:
-    """Where data sets are looked for, as :func:`course_lib.lab.data.load_dataset` does."""
-    from platformdirs import user_cache_path
+def _data_folder() -> Path:
+    from course_lib.files import cache_folder
 
     chosen = os.environ.get("COURSE_DATA")
-    folder = Path(chosen).expanduser() if chosen else user_cache_path("compression-course", appauthor=False) / "data"
-    return folder.absolute()
-
-
-def _version(package: str) -> str | None:
-    try:
-        # A build for a processor, such as 2.15.0+cpu, is the same version.
-        return metadata.version(package).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
+    return Path(chosen).expanduser().absolute() if chosen else cache_folder("data")
 
 
 def _nearest(folder: Path) -> Path:
@@ -252,27 +227,3 @@ def _nearest(folder: Path) -> Path:
 def _writable(folder: Path) -> bool:
     nearest = _nearest(folder)
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-
-
-def _guarded(check: Callable[[], Iterable[Finding]]) -> Iterable[Finding]:
-    name = getattr(check, "__name__", "check").removeprefix("check_")
-    try:
-        yield from check()
-    except Exception as error:
-        name = "data" if name == "<lambda>" else name
-        yield Finding(FAIL, name, f"{type(error).__name__}: {error}", "make setup")
-
-
-def _show(finding: Finding) -> None:
-    line = f"{finding.status:5} {finding.name:13} {' '.join(finding.found.split())}"
-    if finding.mend:
-        line += f"\n{'':5} {'':13} -> {finding.mend}"
-    if not watched():
-        print(line, flush=True)
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    text = Text(line)
-    text.stylize(_STYLES[finding.status], 0, len(finding.status))
-    Console(file=sys.stdout).print(text, soft_wrap=True)

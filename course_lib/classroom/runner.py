@@ -1,238 +1,411 @@
-"""Runner: executes chapters, each in a process of its own, several at once if wanted, and puts the results in place."""
+"""Runner: executes lessons through papermill, each in a process of its own, and puts in place what ended well.
 
+A lesson's bytes are read once: they are checked, executed, and remembered for ``resume``. Results are made in a
+temporary folder: whatever lies in the output folder under a lesson's own name was executed to its end.
+``python -m course_lib.classroom.runner JOB.json`` is the process for one lesson. It tells its events on standard
+output, one JSON object a line, and ends itself and its kernel when its standard input closes: the runner is gone.
+"""
+
+import contextlib
+import hashlib
 import json
-import queue
+import os
+import platform
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from course_lib.classroom import outputs
-from course_lib.classroom.chapters import Chapter
-from course_lib.classroom.claims import collect, summary, write_claims
-from course_lib.classroom.display import failure_text, progress_display, shown_path
-from course_lib.classroom.parameters import CourseError
-from course_lib.classroom.plan import Plan
-from course_lib.classroom.processes import end_processes, start_worker
+import course_lib
+from course_lib.classroom.lessons import CourseError, Lesson, Parameter, find_lessons, read_notebook, select_lessons
+from course_lib.classroom.reports import claims_of, count_claims, shown_path, watched
+from course_lib.files import source_hash, write_file
 
-__all__ = ["Interrupted", "run_chapters"]
+__all__ = ["check_data", "run_lessons"]
 
-
-class Interrupted(Exception):
-    """The run was ended by a signal; ``exit_code`` is the shell's convention, 130 for Ctrl-C."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+LIBRARY = Path(course_lib.__file__).resolve().parent
+COMMON = {name: Parameter(name, kind, "") for name, kind in (("dataset", "str"), ("profile", "str"), ("seed", "int"))}
+FEW_IMAGES, TOO_FEW_IMAGES = 1000, 200
+SHOWN_LINES = 14
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-@dataclass(eq=False)
-class _Execution:
-    """A chapter that is running."""
+def run_lessons(
+    notebooks: Path,
+    words: Iterable[str] = (),
+    *,
+    given: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    jobs: int = 1,
+    timeout: int = 3600,
+    resume: bool = False,
+    store: bool = False,
+) -> int:
+    """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
-    chapter: Chapter
-    partial: Path
-    scratch: Path
-    process: Any = None
-    listener: Any = None
-    owned: list[Any] = field(default_factory=list)
-    failure: dict[str, Any] | None = None
-    notices: list[str] = field(default_factory=list)
+    Args:
+        notebooks: their folder. words: which (see :func:`~course_lib.classroom.lessons.select_lessons`); none for all.
+        given: texts for parameters. output: folder of the results, by default ``build/course/<data>-<profile>``.
+        jobs: lessons at once; they share the cores. timeout: seconds for one cell, 0 for no limit.
+        resume: leave out what was executed before from the same bytes, with the same values and library.
+        store: put the results, cleaned, into ``notebooks`` itself; a lesson with a false claim is not stored.
 
-
-def run_chapters(plan: Plan) -> int:
-    """Execute a plan: 0 if every chapter was executed to its end, else 1.
-
-    Old results of the chapters that are about to be executed are removed first (under ``store`` they stay until a
-    finished one replaces them), so that whatever lies in the folder afterwards was finished by this run or is marked
-    as failed.
+    Returns:
+        0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
+        everything was stopped and nothing unfinished was kept.
 
     Raises:
-        Interrupted: by SIGINT or SIGTERM; every process has been ended, every unfinished file removed.
-        CourseError: the output folder cannot be written.
+        CourseError: something to correct in what was asked, or a data set that is missing or too small.
     """
-    made = [folder for folder in (plan.folder, *plan.folder.parents) if not folder.exists()]
-    try:
-        todo = _prepare(plan)
-    except OSError as error:
-        raise CourseError(f"cannot write to {plan.folder}: {error.strerror or error}; see --output DIR") from None
-    try:
-        failed = _Run(plan, todo).execute() if todo else []
-    finally:
-        # A run that left nothing leaves no folder either.
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-    if plan.options.store:
-        stored = [chapter.path for chapter, _ in plan.chapters if chapter.name not in failed]
-        print(f"stored in {shown_path(plan.options.notebooks)}: {len(stored)} chapters; {summary(collect(stored))}")
-    else:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        found = collect([plan.folder])
-        write_claims(found, plan.folder / "claims.json")
-        print(f"executed notebooks: {shown_path(plan.folder)}")
-        print(f"claims:             {shown_path(plan.folder / 'claims.json')}")
-        print(summary(found))
-    if failed:
-        print(f"{len(failed)} of {len(plan.chapters)} chapters failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    given = dict(given or {})
+    if store and (given or resume or output):
+        raise CourseError("--store executes lessons with their own parameters, into notebooks/; it takes only --jobs")
+    if jobs < 1 or timeout < 0:
+        raise CourseError(f"--jobs must be at least 1 and --timeout at least 0, got {jobs} and {timeout}")
+    if output and output.resolve() == notebooks.resolve():
+        raise CourseError("--output must not be the folder of the lessons themselves; --store is what writes there")
+    lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(words))]
+    known = sorted({name for lesson in lessons for name in lesson.parameters})
+    for name, text in given.items():
+        if name in COMMON:
+            COMMON[name].value(text)
+        elif name not in known:
+            raise CourseError(f"no selected lesson has a parameter {name!r}; they have {', '.join(known) or 'none'}")
+    values = {
+        lesson.number: {n: p.value(given[n]) if n in given else p.default for n, p in lesson.parameters.items()}
+        for lesson in lessons
+    }
+    for name in sorted({each.get("dataset", "digits") for each in values.values()} - {"digits"}):
+        check_data(name)
+    build, data = notebooks.resolve().parent / "build", given.get("dataset", "digits")
+    folder = output or build / "course" / f"{data}-{given.get('profile', 'quick')}"
+    run = _Run(values, build / "store" if store else folder.absolute(), timeout, jobs, store)
+    stopped = run.execute([lesson for lesson in lessons if not (resume and run.is_current(lesson))])
+    if stopped:
+        print(f"interrupted by {signal.Signals(stopped).name}: everything was stopped", file=sys.stderr)
+        return 128 + stopped
+    done = [run.final(lesson) for lesson in lessons if lesson.number not in run.failed]
+    claims = claims_of(done)
+    false = [claim for claim in claims if claim["status"] == "fails"]
+    for claim in false:
+        print(f"FALSE {claim['id']}: {claim['sentence']}\n      measured: {claim['measured']}")
+    where = shown_path(notebooks if store else folder)
+    print(f"{len(done)} of {len(lessons)} lessons executed, in {where}; {count_claims(claims)}")
+    if run.failed:
+        print(f"failed: {', '.join(sorted(run.failed))}")
+    return 1 if run.failed or false else 0
 
 
-def _prepare(plan: Plan) -> list[tuple[Chapter, dict[str, Any]]]:
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    outputs.sweep_partials(plan.folder)
-    todo = []
-    for chapter, values in plan.chapters:
-        if plan.options.resume and outputs.is_current(plan.final(chapter), outputs.run_key(chapter, values)):
-            print(f"{chapter.name}: already executed with this source and these parameters, skipped", flush=True)
-            continue
-        todo.append((chapter, values))
-        outputs.failed_path(plan.folder, chapter).unlink(missing_ok=True)
-        if not plan.options.store:
-            plan.final(chapter).unlink(missing_ok=True)
-    if todo:
-        (plan.folder / "claims.json").unlink(missing_ok=True)
-    return todo
+def check_data(name: str) -> None:
+    """Load a data set once before anything runs, and say if it is small.
+
+    Raises:
+        CourseError: it is missing or damaged, has fewer than 200 training images, or a class without any.
+    """
+    import torch
+
+    from course_lib.lab.data import DataError, load_dataset
+
+    try:
+        data = load_dataset(name)
+    except DataError as error:
+        raise CourseError(" ".join(str(error).split())) from None
+    labels = torch.cat([data.train.labels, data.val.labels])
+    absent = [data.class_names[i] for i, count in enumerate(labels.bincount(minlength=data.num_classes)) if not count]
+    if absent:
+        raise CourseError(f"{name} has no training image of class {', '.join(absent)}: use a subset with every class")
+    few = f"{name} has {len(labels)} training images"
+    if len(labels) < TOO_FEW_IMAGES:
+        raise CourseError(f"{few}; at least {TOO_FEW_IMAGES} are needed, and lessons are made for {FEW_IMAGES:,}")
+    if len(labels) < FEW_IMAGES:
+        print(f"warning: {few}, and lessons are made for {FEW_IMAGES:,}: many claims will not hold here", flush=True)
 
 
 class _Run:
-    def __init__(self, plan: Plan, todo: list[tuple[Chapter, dict[str, Any]]]):
-        self.plan = plan
-        self.todo = todo
-        self.jobs = min(plan.options.jobs, len(todo))
-        # Reentrant, so that a signal handler may put into it.
-        self.events: queue.SimpleQueue = queue.SimpleQueue()
-        self.active: list[_Execution] = []
-        self.failed: list[str] = []
-        self.display = progress_display(len(todo))
+    """A run of lessons; ``failed`` has the numbers of those that did not reach their end."""
 
-    def execute(self) -> list[str]:
-        """The names of the chapters that failed."""
-        with tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True) as scratch, self._signals():
-            try:
-                with self.display:
-                    waiting = list(self.todo)
-                    while waiting or self.active:
-                        while waiting and len(self.active) < self.jobs:
-                            self._start(*waiting.pop(0), Path(scratch))
-                        self._handle_next()
-            finally:
-                self._end_all()
-        return self.failed
+    def __init__(self, values: dict[str, dict], folder: Path, timeout: int, jobs: int, store: bool):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        before = {}
-        wanted = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            wanted.append(signal.SIGHUP)
-        for signum in wanted:
-            # Only the main thread may; elsewhere the caller's own handling stays.
-            with suppress(ValueError):
-                before[signum] = signal.signal(signum, lambda got, frame: self.events.put((None, got)))
+        self.values, self.folder, self.timeout, self.jobs, self.store = values, folder, timeout, jobs, store
+        self.signal, self.failed, self.processes, self.lock = 0, set(), [], threading.Lock()
+        label = TextColumn("{task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(*columns, transient=True, disable=not watched())
+
+    def final(self, lesson: Lesson) -> Path:
+        return lesson.path if self.store else self.folder / lesson.place
+
+    def is_current(self, lesson: Lesson) -> bool:
+        """Whether the result was made from these bytes, values and library, and is as it was made."""
+        with contextlib.suppress(CourseError):
+            notebook, _ = read_notebook(self.final(lesson))
+            run = notebook["metadata"].get("course_run")
+            if isinstance(run, dict) and run.get("key") == self._key(lesson) and run.get("cells") == _digest(notebook):
+                self._say(f"{lesson.number} {lesson.name}: executed before from these bytes and values, skipped")
+                return True
+        return False
+
+    def execute(self, lessons: list[Lesson]) -> int:
+        """Execute the lessons, ``jobs`` at once; returns the signal that ended the run, or 0."""
+
+        def note(signum, frame):
+            self.signal = self.signal or signum
+
+        # Also where SIGINT came in ignored, as behind nohup: a run that is told to stop stops.
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with (
+                tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True) as scratch,
+                ThreadPoolExecutor(self.jobs) as pool,
+                self.bars,
+            ):
+                pending = {pool.submit(self._one, lesson, Path(scratch, lesson.number)) for lesson in lessons}
+                try:
+                    while pending and not self.signal:
+                        # Handlers only leave a note: it is looked at here, where nothing can be torn in the middle.
+                        done, pending = wait(pending, timeout=0.1, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            future.result()
+                finally:
+                    with self.lock:
+                        stopped, self.signal = self.signal, self.signal or -1
+                        _end(self.processes)
+                    pool.shutdown(cancel_futures=True)
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+        return stopped
 
-    def _start(self, chapter: Chapter, values: dict[str, Any], scratch: Path) -> None:
+    def _one(self, lesson: Lesson, scratch: Path) -> None:
+        label, key, started = f"{lesson.number} {lesson.name}", self._key(lesson), time.monotonic()
+        failure = self._process(lesson, label, scratch)
+        if self.signal:
+            return
+        seconds, executed = round(time.monotonic() - started, 1), scratch / "executed.ipynb"
+        kept = self.folder / lesson.place.with_name(f"{lesson.path.stem}-failed.ipynb")
+        if self.store and not failure:
+            false = [
+                f"{c['sentence']} measured: {c['measured']}" for c in claims_of([executed]) if c["status"] == "fails"
+            ]
+            if lesson.path.read_bytes() != lesson.data:
+                failure = "its file was changed while it ran, and was left as it is"
+            elif false:
+                failure = "\n  ".join(["a claim is false:", *false])
+        if failure:
+            self.failed.add(lesson.number)
+            self._say(f"FAILED {label} after {seconds} s, {failure}")
+            if executed.is_file():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                self._say(f"  kept as {shown_path(write_file(kept, executed.read_bytes()))}")
+            return
+        notebook, _ = read_notebook(executed)
+        notices = _clean(notebook, self.store)
+        if not self.store:
+            # If the library changed in the meantime, nobody knows which one was executed: no key.
+            key = key if key == self._key(lesson) else ""
+            run = {"key": key, "cells": _digest(notebook), "seconds": seconds, "parameters": self.values[lesson.number]}
+            notebook["metadata"]["course_run"] = run
+        text = json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        self.final(lesson).parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.final(lesson), text.encode("utf-8", "surrogatepass"))
+        kept.unlink(missing_ok=True)
+        self._say("\n".join([f"{label}: done in {seconds} s", *notices]))
+
+    def _process(self, lesson: Lesson, label: str, scratch: Path) -> str:
+        """Execute into ``scratch / "executed.ipynb"``; returns what went wrong, or "" if every cell was executed."""
         import psutil
 
-        plan = self.plan
-        partial = outputs.partial_path(plan.folder, chapter)
-        one = _Execution(chapter, partial, scratch / chapter.name)
-        changed = {name: value for name, value in values.items() if value != chapter.parameters[name].default}
-        job = {
-            "source": str(chapter.path),
-            "partial": str(partial),
-            "final": str(plan.final(chapter)),
-            "cwd": str(chapter.path.parent),
-            "parameters": changed,
-            "timeout": plan.options.timeout or None,
-            "store": plan.options.store,
-            "run": {"key": outputs.run_key(chapter, values), "parameters": values},
-        }
-        self.active.append(one)
-        one.process = start_worker(job, one.scratch, jobs=self.jobs)
-        with suppress(psutil.NoSuchProcess):
-            one.owned.append(psutil.Process(one.process.pid))
-        self.display.start(chapter.name, len(chapter.cells))
-        one.listener = threading.Thread(target=self._listen, args=(one,), daemon=True)
-        one.listener.start()
+        cells = [
+            {**c, "outputs": [], "execution_count": None} if "outputs" in c else c for c in lesson.notebook["cells"]
+        ]
+        changed = {n: v for n, v in self.values[lesson.number].items() if v != lesson.parameters[n].default}
+        job = {"scratch": str(scratch), "cwd": str(lesson.path.parent), "parameters": changed, "timeout": self.timeout}
+        # Whatever kernel the name python3 leads to on this machine, a lesson gets this interpreter.
+        kernel = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": ""}
+        spec = Path("kernels", "python3", "kernel.json")
+        (scratch / spec).parent.mkdir(parents=True)
+        for name, content in (("source.ipynb", {**lesson.notebook, "cells": cells}), ("job.json", job), (spec, kernel)):
+            (scratch / name).write_text(json.dumps(content), encoding="utf-8")
+        with self.lock, open(scratch / "log", "wb") as log:
+            if self.signal:
+                return "interrupted"
+            command = [sys.executable, "-m", __name__, str(scratch / "job.json")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            process = subprocess.Popen(command, **pipes, env=_environment(scratch, self.jobs), start_new_session=True)
+            self.processes.append(psutil.Process(process.pid))
+        bar, failure = self.bars.add_task(label, total=len(cells)), ""
+        if self.bars.disable:
+            self._say(f"{label}: {len(cells)} cells")
+        with process.stdin, process.stdout:
+            for event in map(json.loads, process.stdout):
+                self.bars.update(bar, completed=event.get("cell"))
+                failure = event.get("failed", failure)
+            code = process.wait()
+        self.bars.remove_task(bar)
+        if code and not failure:
+            log_end = (scratch / "log").read_text(encoding="utf-8", errors="replace").strip()[-600:]
+            failure = f"its process ended with code {code}\n{log_end}".strip()
+        return failure
 
-    def _listen(self, one: _Execution) -> None:
-        for line in one.process.stdout:
-            with suppress(ValueError):
-                self.events.put((one, json.loads(line)))
-        one.process.wait()
-        self.events.put((one, {"event": "exit"}))
+    def _key(self, lesson: Lesson) -> str:
+        """A hash of all that decides what comes out."""
+        library = source_hash(
+            *(p for p in LIBRARY.iterdir() if p.name in ("methods", "evidence", "lab", "files.py", "gate.py"))
+        )
+        parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), self.values[lesson.number], library]
+        return hashlib.sha256(repr([*parts, platform.python_version(), version("torch")]).encode()).hexdigest()
 
-    def _handle_next(self) -> None:
-        try:
-            # The limit is for systems where waiting without one cannot be interrupted.
-            one, event = self.events.get(timeout=0.5)
-        except queue.Empty:
-            return
-        if one is None:
-            raise Interrupted(event)
-        match event["event"]:
-            case "kernel":
-                self._own(one, event["pid"])
-            case "cell":
-                self.display.cell(one.chapter.name, event["position"])
-            case "failed":
-                one.failure = event
-            case "finished":
-                one.notices = event["notices"]
-            case "exit":
-                self._finish(one)
-
-    def _own(self, one: _Execution, pid: int) -> None:
-        import psutil
-
-        with suppress(psutil.NoSuchProcess):
-            one.owned.append(psutil.Process(pid))
-
-    def _finish(self, one: _Execution) -> None:
-        name, code = one.chapter.name, one.process.returncode
-        end_processes(one.owned)
-        if code == 0:
-            outputs.publish(one.partial, self.plan.final(one.chapter))
-            self._retire(one)
-            self.display.end(name, f"done, {len(one.chapter.cells)} cells")
-            for notice in one.notices:
-                self.display.write(f"  {name}: {notice}")
-            return
-        self.failed.append(name)
-        kept = outputs.failed_path(self.plan.folder, one.chapter) if one.partial.is_file() else None
-        if kept:
-            outputs.publish(one.partial, kept)
-        failure = one.failure or _died(code, one.scratch)
-        self._retire(one)
-        self.display.end(name, "FAILED")
-        self.display.write(failure_text(name, len(one.chapter.cells), failure, kept))
-
-    def _retire(self, one: _Execution) -> None:
-        self.active.remove(one)
-        if one.listener:
-            one.listener.join(timeout=1.0)
-            one.process.stdin.close()
-            one.process.stdout.close()
-
-    def _end_all(self) -> None:
-        end_processes(owned for one in self.active for owned in one.owned)
-        for one in list(self.active):
-            self._retire(one)
-            one.partial.unlink(missing_ok=True)
+    def _say(self, text: str) -> None:
+        self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _died(code: int, scratch: Path) -> dict[str, Any]:
-    with suppress(OSError):
-        log = (scratch / "log").read_text(encoding="utf-8", errors="replace")
-        return {"ename": "WorkerDied", "evalue": f"its process ended with code {code}", "traceback": log}
-    return {"ename": "WorkerDied", "evalue": f"its process ended with code {code}"}
+def _environment(scratch: Path, jobs: int) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures belong in the notebook
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        env[name] = env.get(name) or env.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
+    if not os.access(Path.home(), os.W_OK):
+        env.setdefault("MPLCONFIGDIR", str(scratch.parent / "matplotlib"))
+    return env | {
+        "COURSE_UNATTENDED": "1",
+        "IPYTHONDIR": str(scratch / "ipython"),  # nobody's start-up files
+        "JUPYTER_PATH": str(scratch),
+        "JUPYTER_PLATFORM_DIRS": "1",
+        "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(LIBRARY.parent), env.get("PYTHONPATH")))),
+        "PYTHONUTF8": "1",
+        "TMPDIR": str(scratch),
+    }
+
+
+def _end(processes: Iterable[Any]) -> None:
+    """Kill processes and their descendants; each is stopped before its children are listed, so none slips away."""
+    import psutil
+
+    known, fresh = [], list(processes)
+    while fresh:
+        children = []
+        for process in fresh:
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
+                known.append(process)
+                children += process.children()
+        fresh = children
+    for process in known:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(known, timeout=1)
+
+
+def _digest(notebook: dict[str, Any]) -> str:
+    """Of the cells with their outputs, to notice that somebody changed a result."""
+    content = [("".join(cell["source"]), cell.get("outputs")) for cell in notebook["cells"]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
+    """Take out what the tools left, and for storing what belongs to one run; a line for each text that is dropped."""
+    dropped, about = [], notebook["metadata"]
+    for tool in ("papermill", "course_run", "signature", *(["widgets"] if store else [])):
+        about.pop(tool, None)
+    if store:
+        about["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+        about["language_info"] = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
+    for position, cell in enumerate(notebook["cells"], start=1):
+        for tool in ("papermill", "execution", "ExecuteTime", *([] if cell["metadata"]["tags"] else ["tags"])):
+            cell["metadata"].pop(tool, None)
+        cell["source"] = cell["source"].splitlines(keepends=True)
+        for output in list(cell.get("outputs", ())) if store else ():
+            if output.get("name") == "stderr":
+                first = "".join(output["text"]).strip().partition("\n")[0][:100]
+                dropped.append(f"  cell {position} wrote to stderr, which is not stored: {first}")
+            if output.get("name") == "stderr" or WIDGET in output.get("data", ()):
+                cell["outputs"].remove(output)
+    return dropped
+
+
+def _work(job: dict[str, Any]) -> int:
+    """The process for one lesson."""
+    # Whatever a kernel or a library prints goes to the log: only events may reach the runner.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_runner, args=(Path(job["scratch"]),), daemon=True).start()
+    failure = _papermill(job, lambda **event: events.write(json.dumps(event) + "\n"))
+    if failure:
+        events.write(json.dumps({"failed": failure}) + "\n")
+    return 1 if failure else 0
+
+
+def _papermill(job: dict[str, Any], tell) -> str:
+    warnings.simplefilter("ignore")  # the tools' own deprecations; warnings inside the kernel are not touched
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    position = 0
+
+    def cell_started(cell, cell_index):
+        nonlocal position
+        position += "injected-parameters" not in cell.metadata.get("tags", ())
+        tell(cell=position)
+
+    folder = job["scratch"].replace("{", "{{").replace("}", "}}")  # papermill fills in paths as format strings
+    try:
+        notebook = papermill.execute_notebook(
+            str(Path(folder, "source.ipynb")),
+            str(Path(folder, "executed.ipynb")),
+            parameters=job["parameters"],
+            cwd=job["cwd"],
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            start_timeout=180,
+            execution_timeout=job["timeout"] or None,
+            on_cell_start=cell_started,
+        )
+    except PapermillExecutionError as error:
+        trace = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "\n".join(error.traceback)).strip().splitlines()
+        lines = trace[-SHOWN_LINES:] or [f"{error.ename}: {error.evalue}"]
+        return "\n".join([f"in cell {position}, In [{error.exec_count}]", *(f"  | {line}" for line in lines)])
+    except CellTimeoutError:
+        return f"in cell {position}: it took longer than {job['timeout']} s (--timeout)"
+    except DeadKernelError:
+        return f"in cell {position}: the kernel died, out of memory or by a crash in compiled code"
+    # papermill takes sys.exit() for a good end, and marks the cells after it as completed.
+    for cell in notebook.cells:
+        left = any(output.output_type == "error" for output in cell.get("outputs", ()))
+        if left or (cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None):
+            return f"it ended before its last cell, here:\n  | {cell.source.strip()[:300]}"
+    return ""
+
+
+def _end_with_runner(scratch: Path) -> None:
+    os.read(0, 1)  # the runner writes nothing: this returns when it is gone
+    import psutil
+
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.suspend()  # papermill would notice a dead kernel and write once more
+    shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        scratch.parent.rmdir()
+    _end(children)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(_work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

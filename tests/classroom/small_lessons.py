@@ -1,4 +1,4 @@
-"""Small chapters, and the command line run on them in this process."""
+"""Small lessons, and the command line run on them in this process."""
 
 import contextlib
 import io
@@ -16,28 +16,28 @@ seed: int = 0
 alpha: float = 0.25  # of no use
 widths: list[int] = [8, 32]"""
 
-GOOD = """\
-import json, os, sys, tempfile
-json.dumps({"python": sys.executable, "cwd": os.getcwd(), "threads": os.environ["OMP_NUM_THREADS"],
-            "unattended": os.environ["COURSE_UNATTENDED"], "seed": seed, "alpha": alpha, "widths": widths})"""
-
-BAD = "numbers = [1, 2]\nprint('so far')\nnumbers[7]"
-
 
 def claim(id="01.one", status="holds", **changes):
     """A record as the ledger writes it."""
-    sentence, measured = f"Sentence of {id}.", "97.8 ± 0.4"
-    record = {"id": id, "chapter": id[:2], "sentence": sentence, "holds": status == "holds", "measured": measured}
-    return record | {"status": status, "dataset": "digits", "profile": "quick", "note": ""} | changes
+    record = {
+        "id": id,
+        "lesson": id[:2],
+        "sentence": f"Sentence of {id}.",
+        "holds": status == "holds",
+        "status": status,
+    }
+    record |= {"verdict": "held" if status == "holds" else "not", "measured": "97.8 ± 0.4", "dataset": "digits"}
+    return record | {"profile": "quick", "seed": 0, "note": "", "expected": "", "parts": []} | changes
 
 
 def show_claims_source(*claims):
-    """A cell that shows a ledger."""
-    return f"from IPython.display import display\ndisplay({{{MIME!r}: {{'claims': {list(claims)!r}}}}}, raw=True)"
+    """A cell that makes claims: one output a claim."""
+    shown = "; ".join(f"display({{{MIME!r}: {{'claims': [{record!r}]}}}}, raw=True)" for record in claims)
+    return f"from IPython.display import display; {shown}"
 
 
 def write_notebook(path, *sources, parameters=PARAMETERS, **course):
-    """A chapter: heading, parameters cell, code cells."""
+    """A lesson: heading, parameters cell, code cells."""
     cells = [new_markdown_cell("Before.\n\n# A heading"), *[new_code_cell(source) for source in sources]]
     if parameters is not None:
         cells.insert(1, new_code_cell(parameters, metadata={"tags": ["parameters"]}))
@@ -46,15 +46,13 @@ def write_notebook(path, *sources, parameters=PARAMETERS, **course):
     return path
 
 
-def write_executed(path, *claims, error=None):
-    """A notebook as a run leaves it, without running anything."""
-    output = {"output_type": "display_data", "metadata": {}, "data": {MIME: {"claims": list(claims)}}}
-    outputs = [output] if claims else []
-    if error:
-        outputs.append({"output_type": "error", "ename": "ValueError", "evalue": error, "traceback": []})
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": 1, "source": "1", "outputs": outputs}
+def write_executed(path, *claims, extra=(), tags=()):
+    """A notebook as a run leaves it, without running anything; ``extra`` are more outputs of its one cell."""
+    outputs = [{"output_type": "display_data", "metadata": {}, "data": {MIME: {"claims": [one]}}} for one in claims]
+    cell = {"cell_type": "code", "id": "a", "metadata": {"tags": list(tags)}, "execution_count": 1, "source": "1"}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    cells = [cell | {"outputs": [*outputs, *extra]}]
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     return path
 
 

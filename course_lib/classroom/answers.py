@@ -1,0 +1,330 @@
+"""Judging an answer: the learner's function is run on fresh cases, and one sentence says what came out.
+
+A :class:`Task` holds the right answer, the cases, and the usual wrong answers as code. :func:`judge` knows nothing of
+any one task: it runs the learner's function beside the right one, and where they differ it looks for a wrong answer that
+gives the same results as the learner's on *every* case. That one names the mistake.
+"""
+
+import contextlib
+import copy
+import html
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Result", "Task", "judge", "with_gradient"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One blank of a practice notebook.
+
+    Attributes:
+        name: of the function to be written; also nbgrader's ``grade_id``.
+        answer: a right answer; its parameters' names appear in the sentences.
+        expects: what a right answer returns, in words: "a bool tensor".
+        says: what was tried, for the line of a right answer.
+        cases: ``cases(rng)`` gives the argument tuples to try, new ones at every call, the plainest first.
+        wrong: sentence -> wrong answer: a function, or keywords that make ``answer`` wrong. Each differs from the right
+            one on at least one case.
+        tolerance: of real numbers, as a share of the largest of them.
+        same: ``same(got, expected, *arguments)``: whether two answers that differ are equally right.
+        observe: ``observe(function, *arguments)`` -> what is compared, where that is not what the function returns.
+        judged: replaces all of this: ``judged(function)`` -> (passed, sentence).
+    """
+
+    name: str
+    answer: Callable
+    expects: str
+    says: str
+    cases: Callable[[np.random.Generator], Iterable[tuple]] = lambda rng: ()
+    wrong: Mapping[str, Callable | Mapping[str, Any]] = field(default_factory=dict)
+    tolerance: float = 1e-4
+    same: Callable[..., bool] | None = None
+    observe: Callable | None = None
+    judged: Callable[[Callable], tuple[bool, str]] | None = None
+
+    def wrong_answers(self) -> dict[str, Callable]:
+        """Sentence -> wrong answer as a function."""
+        wrong = self.wrong.items()
+        return {told: fault if callable(fault) else partial(self.answer, **fault) for told, fault in wrong}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check says: one line, in a notebook and in a terminal.
+
+    >>> Result("rank_mask", False, "not yet. A bool tensor is expected.")
+    rank_mask: not yet. A bool tensor is expected.
+    """
+
+    name: str
+    passed: bool
+    text: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return f"{'✓ ' if self.passed else ''}{self.name}: {self.text}"
+
+    def _repr_html_(self) -> str:
+        color, sign = ("#0072B2", "✓ ") if self.passed else ("#B54700", "")
+        return f'<span style="color:{color}">{sign}<b>{self.name}</b>:</span> {html.escape(self.text)}'
+
+
+class _NotYet(Exception):
+    """The blank is still a blank."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one call gave: a value, or the error; and the names of arguments that it changed."""
+
+    value: Any = None
+    error: BaseException | None = None
+    changed: tuple[str, ...] = ()
+
+
+def judge(task: Task, function: Callable, seed: int | None = None) -> Result:
+    """Run ``function`` on the task's cases and say how it did. Never raises, whatever the function does.
+
+    Args:
+        seed: of the cases; other ones at every call by default.
+    """
+    printed = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(printed), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        try:
+            passed, text = task.judged(function) if task.judged else _judge(task, function, np.random.default_rng(seed))
+        except (_NotYet, NotImplementedError) as blank:
+            passed, text = False, f"not yet. {blank}{task.expects[0].upper()}{task.expects[1:]} is expected."
+        except Exception as error:
+            passed, text = False, f"it raised {_error(error)}."
+    if printed.getvalue() and not passed:
+        text += " (A check hides what it prints: call it yourself to see that.)"
+    return Result(task.name, passed, " ".join(text.split()))
+
+
+def _judge(task: Task, function: Callable, rng: np.random.Generator) -> tuple[bool, str]:
+    if not callable(function):
+        return False, f"give the function itself, without calling it: check({task.name!r}, {task.name})."
+    cases = list(task.cases(rng))
+    right = [_call(task, task.answer, case) for case in cases]
+    given = [_call(task, function, case, blank=None if i else right[0]) for i, case in enumerate(cases)]
+    gaps = [_gap(task, *pair) for pair in zip(given, right, cases, strict=True)]
+    first = next((i for i, gap in enumerate(gaps) if gap), None)
+    if first is None:
+        if changed := next((outcome.changed for outcome in given if outcome.changed), ()):
+            return False, f"the results are right, but {' and '.join(changed)} was changed on the way. Copy it first."
+        return True, task.says
+    where, gap = _where(task, cases[first]), gaps[first]
+    for sentence, wrong in task.wrong_answers().items():
+        if all(_alike(task, one, _call(task, wrong, case)) for one, case in zip(given, cases, strict=True)):
+            return False, f"{sentence} (At {where} {gap}.)" if given[first].error is None else sentence
+    good = [case for case, one in zip(cases, gaps, strict=True) if not one]
+    before = f"right at {_where(task, good[0])}, but " if good else ""
+    changed = "".join(f" And {name} was changed: copy it first." for name in given[first].changed)
+    return False, f"{before}at {where} {gap}.{changed}"
+
+
+def _call(task: Task, function: Callable, case: tuple, blank: _Outcome | None = None) -> _Outcome:
+    """One call on copies. ``blank``: the right outcome, where an untouched blank is to be told from a wrong answer."""
+    arguments = copy.deepcopy(case)
+
+    def noted(*given):
+        value = function(*given)
+        if value is Ellipsis or (value is None and blank is not None):
+            raise _NotYet("It returned " + ("None; " if value is None else "...; "))
+        return value
+
+    try:
+        value = task.observe(noted, *arguments) if task.observe else noted(*arguments)
+        outcome = _Outcome(value)
+    except (_NotYet, NotImplementedError):
+        raise
+    except RuntimeError as error:
+        # Strides are not the subject: what needs them plain gets them plain.
+        plain = _contiguous(case)
+        if "view size" not in str(error) or plain is case:
+            return _Outcome(error=error)
+        return _call(task, function, plain, blank)
+    except (Exception, SystemExit) as error:
+        return _Outcome(error=error)
+    names = zip(inspect.signature(task.answer).parameters, case, arguments, strict=False)
+    return _Outcome(outcome.value, None, tuple(name for name, was, now in names if not _unchanged(was, now)))
+
+
+def _contiguous(case: tuple) -> tuple:
+    plain = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case)
+    return plain if any(a is not b for a, b in zip(plain, case, strict=True)) else case
+
+
+def with_gradient(function: Callable, x: Tensor, *rest: Any, also: Sequence[int] = ()) -> dict[str, Any]:
+    """For ``observe``: what the function gives, and the gradient that reaches ``x`` (and ``rest[i]`` for i in also).
+
+    >>> with_gradient(lambda x: (x**2).sum(), torch.tensor([3.0]))
+    {'value': tensor(9.), 'gradient': tensor([6.])}
+    """
+    leaves = [x.detach().clone().requires_grad_(), *(rest[i].detach().clone().requires_grad_() for i in also)]
+    rest = [leaves[1 + list(also).index(i)] if i in also else value for i, value in enumerate(rest)]
+    value = function(leaves[0], *rest)
+    slopes = [torch.zeros_like(leaf) for leaf in leaves]
+    if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
+        upstream = torch.arange(1, value.numel() + 1, dtype=value.dtype).view(value.shape)
+        found = torch.autograd.grad(value, leaves, upstream, allow_unused=True)
+        slopes = [zero if slope is None else slope for slope, zero in zip(found, slopes, strict=True)]
+    value = value.detach() if isinstance(value, Tensor) else value
+    names = ["gradient", *(f"gradient of argument {i + 2}" for i in also)]
+    return {"value": value} | dict(zip(names, slopes, strict=True))
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _gap(task: Task, given: _Outcome, right: _Outcome, case: tuple) -> str:
+    """What is off, as the end of a sentence that starts with "at alpha = 0.5"; empty if nothing is."""
+    if given.error is not None:
+        return f"it raised {_error(given.error)}"
+    gap = _difference(given.value, right.value, task.tolerance)
+    if gap and task.same is not None:
+        with contextlib.suppress(Exception):  # whatever the learner's value is
+            return "" if task.same(given.value, right.value, *copy.deepcopy(case)) else gap
+    return gap
+
+
+def _alike(task: Task, given: _Outcome, wrong: _Outcome) -> bool:
+    if given.error is not None or wrong.error is not None:
+        return type(given.error) is type(wrong.error)
+    return not _difference(given.value, wrong.value, task.tolerance)
+
+
+def _difference(got: Any, want: Any, tolerance: float) -> str:
+    if isinstance(want, Mapping):
+        if not isinstance(got, Mapping) or got.keys() != want.keys():
+            return f"you return {_kind(got)}, expected {_kind(want)}"
+        gaps = {key: _difference(got[key], want[key], tolerance) for key in want}
+        return next((gap if key == "value" else f"in the {key} {gap}" for key, gap in gaps.items() if gap), "")
+    if isinstance(want, (tuple, list)):
+        if isinstance(got, (Tensor, np.ndarray)) and got.ndim > 0 and not any(isinstance(w, Tensor) for w in want):
+            got = got.tolist()
+        if not isinstance(got, (tuple, list)) or len(got) != len(want):
+            return f"you return {_kind(got)}, expected {_kind(want)}"
+        gaps = [_difference(g, w, tolerance) for g, w in zip(got, want, strict=True)]
+        return next((f"in number {i} of {len(want)} {gap}" for i, gap in enumerate(gaps, 1) if gap), "")
+    if want is None or isinstance(want, str):
+        return "" if type(got) is type(want) and got == want else f"yours is {_shown(got)}, expected {_shown(want)}"
+    got, want = _tensor(got, want), _tensor(want, want)
+    if got is None or _family(got) != _family(want) or got.shape != want.shape:
+        return f"you return {_kind(got)}, expected {_kind(want)}"
+    if want.dtype is torch.bool and want.dim() and got.sum() != want.sum():
+        return f"yours keeps {int(got.sum())} of {got.numel()}, expected {int(want.sum())}"
+    a, b = got.detach().double().cpu(), want.detach().double()
+    if bool(a.isnan().any()) and not bool(b.isnan().any()):
+        return "yours is NaN" if a.dim() == 0 else f"yours has {int(a.isnan().sum())} NaN of {a.numel()}"
+    finite = b[b.isfinite()]
+    slack = tolerance * float(finite.abs().max()) if finite.numel() and _family(want) == "float" else 0.0
+    off = ~((a == b) | ((a - b).abs() <= slack))
+    if not bool(off.any()):
+        return ""
+    place = tuple(int(i) for i in off.nonzero()[0])
+    mine, theirs = (t[place].item() for t in (got.detach(), want.detach()))
+    return f"{f'entry {list(place)} of ' if place else ''}yours is {_shown(mine)}, expected {_shown(theirs)}" + _times(
+        mine, theirs
+    )
+
+
+def _times(mine: Any, theirs: Any) -> str:
+    """A clean factor between two numbers is worth saying."""
+    if isinstance(mine, bool) or mine == 0 or theirs == 0:
+        return ""
+    for ratio, word in ((theirs / mine, "small"), (mine / theirs, "large")):
+        if 1.5 < ratio < 1000 and abs(ratio - round(ratio)) < 1e-3 * ratio:
+            return f": {round(ratio)} times too {word}"
+    return ": the sign is wrong" if abs(mine + theirs) < 1e-4 * abs(theirs) else ""
+
+
+def _tensor(value: Any, want: Any) -> Tensor | None:
+    """Numbers, arrays and tensors as a tensor, where one of that kind may stand for what is wanted."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = torch.as_tensor(value)
+    if isinstance(value, (bool, Real)) and (not isinstance(want, Tensor) or want.dim() == 0):
+        value = torch.tensor(value, dtype=torch.bool if isinstance(value, bool) else None)
+        value = value.double() if value.is_floating_point() else value
+    if not isinstance(value, Tensor):
+        return None
+    if isinstance(want, Integral) and not isinstance(want, bool) and value.is_floating_point() and value.dim() == 0:
+        return value.long() if bool(value == value.round()) else value  # a count may be 12.0
+    if isinstance(want, float) and value.dim() == 0 and value.dtype is not torch.bool:
+        return value.double()  # ... and a real number 12
+    return value
+
+
+def _family(value: Tensor) -> str:
+    """What may stand for each other: floats of all lengths, integers of all lengths, but a stored byte is a byte."""
+    if value.dtype in (torch.bool, torch.int8, torch.uint8):
+        return str(value.dtype)
+    return "float" if value.is_floating_point() else "int"
+
+
+def _unchanged(was: Any, now: Any) -> bool:
+    if isinstance(was, (Tensor, np.ndarray)):
+        a, b = torch.as_tensor(was), torch.as_tensor(now)
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.allclose(a.double(), b.double(), 0, 0, True))
+    if isinstance(was, Mapping):
+        return was.keys() == now.keys() and all(_unchanged(was[key], now[key]) for key in was)
+    if isinstance(was, (tuple, list)):
+        return len(was) == len(now) and all(map(_unchanged, was, now))
+    return isinstance(was, nn.Module) or callable(was) or was == now
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _where(task: Task, case: tuple) -> str:
+    names = inspect.signature(task.answer).parameters
+    return ", ".join(f"{name} {_argument(value)}" for name, value in zip(names, case, strict=False))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, (Tensor, np.ndarray)):
+        short = value.ndim < 2 and 0 < len(value.reshape(-1)) <= 6
+        return f"= {_shown(value.tolist())}" if short else f"{list(value.shape)}"
+    if isinstance(value, (list, tuple)) and (len(value) > 6 or any(isinstance(v, Mapping) for v in value)):
+        return f"of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"with {', '.join(map(str, value))}"
+    return f"= {inspect.getdoc(value) or value.__name__}" if callable(value) else f"= {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "−")
+    return str(value).replace("-", "−") if isinstance(value, int) else repr(value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        value = torch.as_tensor(value)
+    if isinstance(value, Tensor):
+        name = str(value.dtype).removeprefix("torch.")
+        return f"a {name} tensor of shape {list(value.shape)}" if value.dim() else f"a single {name}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "nothing of that kind" if value is None else f"a {type(value).__name__}"
+
+
+def _error(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return type(error).__name__ + (f": {lines[0][:160].rstrip('.')}" if lines else "")

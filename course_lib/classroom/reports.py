@@ -1,0 +1,262 @@
+"""Reports: what executed lessons claim, printed, put into README.md, and compared over seeds and data sets."""
+
+import base64
+import html
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from course_lib.classroom.lessons import CourseError, find_lessons, read_notebook
+from course_lib.files import write_file
+
+__all__ = [
+    "claims_of",
+    "count_claims",
+    "refresh_readme",
+    "replicate",
+    "show_claims",
+    "show_table",
+    "shown_path",
+    "watched",
+]
+
+# The ledger's own, repeated here: importing it would load torch for a command that only reads files.
+MIME = "application/vnd.compression-course.claims+json"
+MARKS = {"holds": "✓", "fails": "✗", "not here": "–"}
+VERDICTS = {"held": "✓", "not": "✗", "undecided": "?"}
+KEPT = ("lesson", "sentence", "holds", "verdict", "measured", "expected", "parts")
+PICTURE = Path("docs", "pareto.png")
+START, END = "<!-- measured: begin (made by `make readme`) -->", "<!-- measured: end -->"
+
+
+def claims_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The claims in the outputs of executed notebooks, in order; a later one replaces an earlier one of its id.
+
+    Each is as the ledger wrote it, and has the ``path`` of its notebook and whether its cell is tagged ``headline``.
+
+    Raises:
+        CourseError: a file that is no notebook, or a damaged claim.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for cell in read_notebook(path)[0]["cells"]:
+            for output in cell.get("outputs", ()):
+                stored = (output.get("data") or {}).get(MIME, {"claims": []})
+                for claim in stored.get("claims", [None]) if isinstance(stored, dict) else [None]:
+                    texts = ("id", "sentence", "status", "measured")
+                    if not isinstance(claim, dict) or any(not isinstance(claim.get(name), str) for name in texts):
+                        raise CourseError(f"{path}: a claim is damaged: {str(claim)[:100]}")
+                    found[claim["id"]] = {**claim, "path": path, "headline": "headline" in cell["metadata"]["tags"]}
+    return list(found.values())
+
+
+def count_claims(claims: Sequence[dict[str, Any]]) -> str:
+    """The claims counted, in one line.
+
+    >>> count_claims([{"status": "holds"}, {"status": "holds"}, {"status": "not here"}])
+    '3 claims: 2 hold, 0 fail, 1 do not hold here'
+    """
+    holds, fails, elsewhere = (sum(claim["status"] == status for claim in claims) for status in MARKS)
+    return f"{len(claims)} claims: {holds} hold, {fails} fail, {elsewhere} do not hold here"
+
+
+def show_claims(paths: Sequence[Path], notebooks: Path, *, as_json: bool = False) -> int:
+    """Print the claims of executed notebooks or folders of them (by default the newest run, else the stored lessons).
+
+    Returns:
+        1 if a claim is false or a lesson did not run to its end, else 0.
+    """
+    runs = [p for p in (notebooks.resolve().parent / "build" / "course").glob("*") if any(p.rglob("*.ipynb"))]
+    paths = paths or [
+        max(runs, key=lambda run: max(p.stat().st_mtime for p in run.rglob("*.ipynb")), default=notebooks)
+    ]
+    files = [f for path in paths for f in (_executed(path) if path.is_dir() else [path])]
+    claims = claims_of(files)
+    errors = [f"{shown_path(file)} did not run to its end" for file in files if file.stem.endswith("-failed")]
+    if as_json:
+        print(json.dumps({"claims": claims, "errors": errors}, indent=1, ensure_ascii=False, default=str))
+    elif not claims and not errors:
+        raise CourseError(f"no claims in {', '.join(map(shown_path, paths))}: run `python -m course_lib run` first")
+    else:
+        print(f"claims of {', '.join(map(shown_path, paths))}")
+        show_table(("", "claim", "sentence", "measured"), [_row(claim) for claim in claims])
+        print("\n".join([*errors, count_claims(claims)]))
+    return 1 if errors or any(claim["status"] == "fails" for claim in claims) else 0
+
+
+def refresh_readme(root: Path, notebooks: Path, *, check: bool = False) -> list[str]:
+    """Put a headline claim for each chapter, and the picture of the cell tagged ``readme-figure``, into README.md.
+
+    The headline is the first claim whose cell is tagged ``headline``, else the chapter's first.
+
+    Args:
+        check: change nothing.
+
+    Returns:
+        The files that were not up to date, relative to ``root``.
+
+    Raises:
+        CourseError: no place for it in README.md, two such pictures, or a stored claim that is false.
+    """
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    place = re.compile(re.escape(START) + r".*?" + re.escape(END), re.DOTALL)
+    if len(place.findall(text)) != 1:
+        raise CourseError(f"README.md needs one place between {START!r} and {END!r}")
+    lessons = find_lessons(notebooks)
+    rows, wanted = ["| chapter | one of its claims | measured |", "|---|---|---|"], {}
+    for chapter in dict.fromkeys(lesson.number[:2] for lesson in lessons):
+        claims = claims_of(lesson.path for lesson in lessons if lesson.number[:2] == chapter)
+        if any(claim["status"] == "fails" for claim in claims):
+            raise CourseError(f"chapter {chapter} is not fit to be shown: a stored claim is false")
+        for claim in sorted(claims, key=lambda claim: not claim["headline"])[:1]:
+            link = claim["path"].relative_to(root.resolve()).as_posix()
+            name = (claim["path"].parent if claim["path"].parent != notebooks else claim["path"]).stem
+            title = name.partition("_")[2].replace("_", " ").capitalize()
+            rows.append(f"| [{chapter} {title}]({link}) | {_cell(claim['sentence'])} | {_cell(claim['measured'])} |")
+    pictures = [picture for lesson in lessons for picture in _pictures(lesson.path)]
+    if len(pictures) > 1:
+        raise CourseError(f"one cell with one picture may be tagged 'readme-figure', got {len(pictures)}")
+    for data, alt in pictures:
+        wanted[root / PICTURE] = data
+        rows[:0] = [f"![{alt}]({PICTURE.as_posix()})", ""]
+    made = "\n\n".join([START, "\n".join(rows), END])
+    wanted[readme] = place.sub(lambda _: made, text).encode()
+    stale = [path for path, data in wanted.items() if not path.is_file() or path.read_bytes() != data]
+    for path in [] if check else stale:
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, wanted[path])
+    return [path.relative_to(root).as_posix() for path in stale]
+
+
+def replicate(notebooks: Path, words: Sequence[str], seeds: Sequence[str], given: dict[str, str], jobs: int) -> int:
+    """Run lessons under several seeds, and write into docs/claims.md where each claim held.
+
+    Results go to ``build/replicate/<dataset>-<seed>/`` and are not made twice; what they claim is kept in
+    docs/claims.json, so that another seed or data set adds a column. A claim reworded since counts as not run.
+
+    Returns:
+        0; 1 if a lesson did not reach its end (a claim that does not hold is what the table is for); 130 after Ctrl-C.
+    """
+    from course_lib.classroom.runner import run_lessons
+
+    root, dataset, code = notebooks.resolve().parent, given.get("dataset", "digits"), 0
+    kept = root / "docs" / "claims.json"
+    runs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    kept.parent.mkdir(exist_ok=True)
+    for seed in seeds:
+        folder = root / "build" / "replicate" / f"{dataset}-{seed}"
+        ended = run_lessons(notebooks, words, given={**given, "seed": seed}, output=folder, jobs=jobs, resume=True)
+        if ended > 1:
+            return ended
+        code |= any(folder.rglob("*-failed.ipynb"))
+        lessons = find_lessons(notebooks)
+        fresh = claims_of(path for lesson in lessons if (path := folder / lesson.place).is_file())
+        runs.setdefault(f"{dataset} {seed}", {}).update({c["id"]: {n: c.get(n) for n in KEPT} for c in fresh})
+        write_file(kept, (json.dumps(runs, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+        titles = {lesson.number: lesson.read().title for lesson in lessons}
+        write_file(kept.with_suffix(".md"), claims_page(runs, titles, {c["id"]: c["sentence"] for c in fresh}).encode())
+    print(f"written: {shown_path(kept.with_suffix('.md'))}")
+    return code
+
+
+def claims_page(runs: dict[str, dict[str, dict]], titles: dict[str, str], now: dict[str, str]) -> str:
+    """The table of claims by runs as Markdown, a section a lesson, and how many hold on every run of the default data.
+
+    Args:
+        runs: for each run, named ``"<dataset> <seed>"``, its claims by id.
+        titles: of the lessons by number, in order. now: today's sentences by id, where they are known.
+    """
+    names = sorted(runs, key=lambda name: (not name.startswith("digits "), name.split()[0], int(name.split()[1])))
+    lines, counts, covered = [], {"held": 0, "all": 0}, []
+    for number, title in titles.items():
+        rows = []
+        for id in dict.fromkeys(id for name in names for id, c in runs[name].items() if c["lesson"] == number):
+            sentence = now.get(id) or next(runs[name][id]["sentence"] for name in names[::-1] if id in runs[name])
+            same = {n: c for n in names if (c := runs[n].get(id)) and c["sentence"] == sentence}
+            own = [c for name, c in same.items() if name.startswith("digits ")]
+            counts["all"] += bool(own)
+            counts["held"] += bool(own) and all(c["holds"] for c in own)
+            for parts in zip(*(c["parts"] or () for c in own), strict=False) if len(own) > 1 else ():
+                middle = sum(part["value"] for part in parts) / len(parts)
+                covered += [part["low"] <= middle <= part["high"] for part in parts if part["low"] < part["high"]]
+            aside = next((f" *Expected, not seen: {c['expected']}.*" for c in same.values() if c["expected"]), "")
+            told = [f"{VERDICTS[same[n]['verdict']]} {same[n]['measured']}" if n in same else "" for n in names]
+            rows.append("| " + " | ".join(map(_cell, [sentence + aside, *told])) + " |")
+        if rows:
+            lines += [
+                f"\n## {number} {title}\n",
+                f"| claim | {' | '.join(names)} |",
+                "|---" * (len(names) + 1) + "|",
+                *rows,
+            ]
+    head = f"Of {counts['all']} claims {counts['held']} hold in every run on the default data (digits)."
+    share = f" Of {len(covered)} intervals {sum(covered)} contain the mean over these runs." if covered else ""
+    legend = "Each column is a run: data set and seed. " + ", ".join(
+        f"{mark} {name}" for name, mark in VERDICTS.items()
+    )
+    return "\n".join(["# Where each claim held", "", f"{head}{share} {legend}.", *lines]) + "\n"
+
+
+def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: in a terminal with rich, folding long texts; otherwise in aligned columns, nothing cut."""
+    rows = [[" ".join(cell.split()) for cell in row] for row in rows]
+    if watched():
+        from rich import print as show
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*headers, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        return show(table)
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in (headers, *rows):
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def watched() -> bool:
+    """Whether standard output is a terminal that a person looks at and that can redraw a line."""
+    return sys.stdout.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+
+
+def shown_path(path: Path) -> str:
+    """A path as the user would type it: relative where it lies under the current folder."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _executed(folder: Path) -> list[Path]:
+    """The lessons in a folder, and those that failed."""
+    return [*(lesson.path for lesson in find_lessons(folder)), *sorted(folder.rglob("*-failed.ipynb"))]
+
+
+def _row(claim: dict[str, Any]) -> tuple[str, str, str, str]:
+    aside = f" (expected, not seen: {claim['expected']})" if claim.get("expected") else ""
+    note = f" ({claim['note']})" if claim.get("note") else ""
+    measured = f"{claim['measured']}{note} [{claim.get('dataset')}, {claim.get('profile')}]"
+    return MARKS.get(claim["status"], "?"), claim["id"], claim["sentence"] + aside, measured
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _pictures(path: Path) -> list[tuple[bytes, str]]:
+    """PNG and alternative text of the pictures in the cell tagged ``readme-figure``."""
+    found = []
+    for cell in read_notebook(path)[0]["cells"]:
+        for output in cell.get("outputs", ()) if "readme-figure" in cell["metadata"]["tags"] else ():
+            data = output.get("data") or {}
+            tag = re.search(r'<img\b[^>]*src="data:image/png;base64,([^"]+)"[^>]*>', "".join(data.get("text/html", "")))
+            alt = re.search(r'\balt="([^"]*)"', tag[0]) if tag else None
+            if tag:
+                found.append((base64.b64decode(tag[1]), html.unescape(alt[1]) if alt else ""))
+            elif "image/png" in data:
+                about = (output.get("metadata") or {}).get("image/png") or {}
+                found.append((base64.b64decode("".join(data["image/png"])), str(about.get("alt") or "")))
+    return found
