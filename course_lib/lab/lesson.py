@@ -86,4 +86,5 @@ class Lesson:
             f"\nThat is fewer than the {FEWEST_IMAGES:,} training images that the course is made for: "
             "intervals will be wide, and some claims will not hold."
         )  # fmt: skip
-        return f"{self.dataset}: {len(self.seeds)} replicas, each with {each}; {common} images for all; ± covers {self.covers}{few}"
+        replicas = f"{self.dataset}: {len(self.seeds)} replicas, each with {each}"
+        return f"{replicas}; {common} images for all; ± covers {self.covers}{few}"

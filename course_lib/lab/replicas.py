@@ -33,7 +33,6 @@ from course_lib.lab.training import (
     make_optimizer,
     progress_bar,
     read_loss,
-    set_lr,
 )
 
 __all__ = ["fit_replicas", "train", "train_many"]
@@ -176,7 +175,8 @@ def fit_replicas(
         rows = [replica_terms(*(_slice(part, r) for part in stacked)) for r in range(len(seeds))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    check_logits(*look_once(models[0], pick))
+    with eval_mode(models[0]), torch.no_grad():
+        check_logits(models[0](pick.images[:1]), pick.labels)
     large = len(seeds) == 1 or convolution_macs(models[0], pick.images[:1]) > LARGEST_BATCHED_CONV
     step_terms = one_after_another if large else vmap(replica_terms, randomness="different")
     optimizer, best = make_optimizer(trainable, config), [BestEpoch() for _ in models]
@@ -195,7 +195,7 @@ def fit_replicas(
                 optimizer.zero_grad(set_to_none=True)
                 # Each replica's weights appear in its own loss only, so the sum's gradient is each one's own gradient.
                 terms["loss"].sum().backward()
-                set_lr(optimizer, config.lr_at(step, total))
+                optimizer.param_groups[0]["lr"] = config.lr_at(step, total)
                 optimizer.step()
                 if after_step is not None:
                     with torch.no_grad():
@@ -250,12 +250,6 @@ def _pooled(splits: Splits | Sequence[Split]) -> tuple[Split, Tensor]:
 
 def _slice(part, r: int):
     return {name: _slice(value, r) for name, value in part.items()} if isinstance(part, dict) else part[r]
-
-
-def look_once(model: nn.Module, pick: gather) -> tuple[Tensor, Tensor]:
-    """Logits of one image, and all labels."""
-    with eval_mode(model), torch.no_grad():
-        return model(pick.images[:1]), pick.labels
 
 
 def convolution_macs(model: nn.Module, image: Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.gate import eval_mode
+from course_lib.gate import eval_mode, whole_number
 from course_lib.lab.data import Split, Splits
 
 __all__ = ["SCHEDULES", "DivergedError", "Evaluation", "History", "TrainConfig", "accuracy", "evaluate", "fit"]
@@ -54,10 +54,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -90,10 +87,8 @@ class TrainConfig:
 
 @dataclass
 class History:
-    """What a training left behind, one entry an epoch.
-
-    ``terms`` holds the mean of every named term that the loss function returned (always ``"loss"``). ``best_epoch``
-    (from 0) is the epoch whose weights the model carries: the best on validation, or the last where there is none.
+    """What a training left behind: one entry an epoch of the mean of every named loss term (always ``"loss"``), and of
+    loss and accuracy on validation. The model carries the weights of ``best_epoch`` (from 0; the last without ``val``).
     """
 
     terms: dict[str, list[float]] = field(default_factory=dict)
@@ -220,7 +215,7 @@ def fit(
                     check_finite(terms["loss"], history.steps, epoch, config.lr)
                     optimizer.zero_grad(set_to_none=True)
                     terms["loss"].backward()
-                    set_lr(optimizer, config.lr_at(history.steps, total))
+                    optimizer.param_groups[0]["lr"] = config.lr_at(history.steps, total)
                     optimizer.step()
                     if after_step is not None:
                         with torch.no_grad():
@@ -251,15 +246,13 @@ def use_threads(wanted: int = 2) -> int:
     Two processes with two threads each on two cores are slower than one with two: whatever starts several lessons at
     once sets ``OMP_NUM_THREADS`` for them, and a number written into a lesson must not override it.
     """
-    if isinstance(wanted, bool) or not hasattr(wanted, "__index__") or wanted < 1:
-        raise ValueError(f"wanted must be a whole number of at least 1, got {wanted!r}")
+    wanted = whole_number(wanted, "wanted")
     # Only where it exists does this tell the cores that a container or taskset leaves to the process.
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     # OpenMP allows a list, one number a nesting level, and passes over what it cannot read.
     outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    limit = int(outermost) if outermost.isdecimal() and int(outermost) >= 1 else int(wanted)
-    threads = min(int(wanted), cores, limit)
+    threads = min(wanted, cores, int(outermost) if outermost.isdecimal() and int(outermost) else wanted)
     torch.set_num_threads(threads)
     return threads
 
@@ -333,12 +326,6 @@ def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW as every training here uses it."""
     return torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of the step to come."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def read_loss(loss_fn: LossFn | None) -> tuple[LossFn, bool]:
