@@ -10,6 +10,7 @@ integers alone; the only floats are in the grids that describe them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from course_lib.methods.quantization import (
     dequantize,
     naming,
     quantize,
+    safe_scale,
 )
 from course_lib.methods.quantized_layers import calibrate, fold_batchnorm
 
@@ -30,7 +32,6 @@ __all__ = [
     "FixedPoint",
     "IntegerLayer",
     "IntegerNetwork",
-    "Pool",
     "fixed_point",
     "integer_conv2d",
     "integer_layer",
@@ -75,12 +76,9 @@ def requantize(accumulator: Tensor, factor: FixedPoint, q: QuantParams) -> Tenso
     """int32 sums → integers on the grid ``q``: multiply, shift with rounding (half up), add the zero point, clip.
 
     Args:
-        accumulator: int32, any shape that broadcasts with ``factor``.
+        accumulator: integers, any shape that broadcasts with ``factor``.
         factor: s_x s_w / s_y.
         q: the output's grid, one scale in all.
-
-    Raises:
-        TypeError: an accumulator of floating-point numbers, whose fractions would be lost without a word.
     """
     if accumulator.is_floating_point() or accumulator.is_complex():
         raise TypeError(f"accumulator must hold integers, got {accumulator.dtype}")
@@ -95,15 +93,11 @@ def centred(xq: Tensor, q: QuantParams, name: str) -> Tensor:
 
 
 def quantize_bias(bias: Tensor, x_q: QuantParams, w_q: QuantParams) -> Tensor:
-    """A bias [O] on the accumulator's own grid, step s_x s_w: int32 [O].
-
-    Raises:
-        ValueError: NaN or infinite values, or a bias so large against s_x s_w that int32 cannot hold it.
-    """
+    """A bias [O] on the accumulator's own grid, step s_x s_w: int32 [O]; ValueError if int32 cannot hold it."""
     steps = (check_real(bias, "bias", empty=True).double() / (x_q.scale.double() * w_q.scale.double())).round()
     if bool((steps.abs() > INT32_MAX).any()):
         raise ValueError(
-            f"a bias of {bias.abs().max().item():g} is {steps.abs().max().item():.3g} steps of the accumulator: "
+            f"a bias of up to {bias.abs().max().item():g} is {steps.abs().max().item():.3g} steps of the accumulator: "
             "more than int32 holds; the weights' or the input's scale is too small"
         )
     return steps.to(torch.int32)
@@ -149,7 +143,7 @@ def integer_linear(
         Outputs [N, O] in ``y_q.dtype``: within one step of quantizing the layer computed on the dequantized numbers.
 
     Raises:
-        TypeError: floating-point inputs. ValueError: shapes that do not fit, sums that int32 might not hold.
+        TypeError: floating-point numbers. ValueError: shapes that do not fit, sums that int32 might not hold.
     """
     check_layer(xq, x_q, wq, w_q, bias, y_q)
     accumulator = centred(xq, x_q, "xq") @ centred(wq, w_q, "wq").T
@@ -237,15 +231,15 @@ def integer_layer(
 ) -> IntegerLayer:
     """An 8-bit :class:`IntegerLayer` from a float layer and the grids of its input and output.
 
-    Raises:
-        UnsupportedModel: a convolution with groups, dilation, or padding other than zeros; it is named.
+    Raises UnsupportedModel for a convolution with groups, dilation, or padding other than zeros in numbers.
     """
     sizes = {}
     if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1 or set(layer.dilation) != {1} or layer.padding_mode != "zeros":
-            raise UnsupportedModel(f"{layer} is not supported: only groups=1, dilation=1 and zero padding are")
-        if isinstance(layer.padding, str):
-            raise UnsupportedModel(f"{layer} is not supported: give the padding as numbers")
+        numbers = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        if layer.groups != 1 or set(layer.dilation) != {1} or not numbers:
+            raise UnsupportedModel(
+                f"{layer} is not supported: groups=1, dilation=1, zero padding in numbers are needed"
+            )
         sizes = {"stride": tuple(layer.stride), "padding": tuple(layer.padding)}
     bias = layer.bias.detach() if layer.bias is not None else torch.zeros(len(layer.weight))
     w_q = room_for_bias(layer.weight.detach(), bias, x_q, per_channel)
@@ -253,45 +247,14 @@ def integer_layer(
 
 
 def room_for_bias(weight: Tensor, bias: Tensor, x_q: QuantParams, per_channel: bool) -> QuantParams:
-    """The 8-bit grid of a weight, coarser where int32 could not hold the bias, finer where all weights are 0.
-
-    The bias is counted in steps of s_x s_w. In a dead channel the weights say nothing about s_w, and the bias is all
-    that is left of it.
-    """
+    """The 8-bit grid of a weight, coarser where int32 could not hold the bias, finer where the bias is all there is."""
     w_q = choose_qparams(weight, 8, axis=0 if per_channel else None)
     rows = (weight if per_channel else weight.reshape(1, -1)).flatten(1)
     largest = check_real(bias, "bias").abs() if per_channel else bias.abs().amax()
     least = (largest.double() / x_q.scale.double() / 2**28).float()
     dead = (rows == 0).all(dim=1).view_as(w_q.scale) & (least > 0)
-    scale = torch.where(dead, least, torch.maximum(w_q.scale, least)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = safe_scale(torch.where(dead, least, torch.maximum(w_q.scale, least)), 1)
     return QuantParams(scale, w_q.zero_point, w_q.qmin, w_q.qmax, w_q.axis)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Max-pooling: window, stride and padding in pixels."""
-
-    size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-    def __call__(self, xq: Tensor) -> Tensor:
-        return integer_max_pool2d(xq, self.size, self.stride, self.padding)
-
-
-@dataclass(frozen=True, eq=False)
-class Relu:
-    """A ReLU that follows no layer: integers below the one that stands for 0.0 become that one."""
-
-    q: QuantParams
-
-    def __call__(self, xq: Tensor) -> Tensor:
-        return xq.clamp(min=int(self.q.zero_point))
-
-
-def flatten(xq: Tensor) -> Tensor:
-    """[N, ...] → [N, features]."""
-    return xq.flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,8 +262,7 @@ class IntegerNetwork:
     """Steps from integers to integers; call it on float images [N, ...] to get float logits [N, K].
 
     Attributes:
-        steps: (name, step) pairs; a step is an :class:`IntegerLayer`, a :class:`Pool`, a :class:`Relu` or
-            :func:`flatten`.
+        steps: (name, step) pairs; a step is an :class:`IntegerLayer`, or max-pooling, clipping at 0.0 or flattening.
         x_q, y_q: grids of the images and of the logits.
     """
 
@@ -323,8 +285,8 @@ def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """
     steps = [(n, m) for n, m in fold_batchnorm(model).float()._modules.items() if not isinstance(m, NOTHING)]
     for name, module in steps:
-        flat = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-        if not flat and not isinstance(module, (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d)):
+        flat = type(module) is not nn.Flatten or (module.start_dim, module.end_dim) == (1, -1)
+        if not flat or type(module) not in (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten):
             known = "linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers have one"
             raise UnsupportedModel(f"{name!r} ({module}) has no counterpart here: {known}")
     if not any(isinstance(module, (nn.Linear, nn.Conv2d)) for _, module in steps):
@@ -359,7 +321,6 @@ def integer_network(
     chain, steps = float_steps(model), []
     grid = x_q = calibrate(x, method=method)
     for (name, module), (_, after) in zip(chain, [*chain[1:], ("", None)], strict=True):
-        step: Callable[[Tensor], Tensor] = flatten
         shape = tuple(x.shape)
         with torch.no_grad():
             x = module(x)
@@ -372,20 +333,22 @@ def integer_network(
                 step = integer_layer(module, grid, out, relu=relu, per_channel=per_channel)
             grid = out
         elif isinstance(module, nn.ReLU):
-            step = Relu(grid)
+            step = partial(torch.clamp, min=int(grid.zero_point))
         elif isinstance(module, nn.MaxPool2d):
-            step = pool_of(name, module)
+            step = partial(integer_max_pool2d, **pool_sizes(name, module))
+        else:
+            step = partial(torch.flatten, start_dim=1)
         if not (isinstance(module, nn.ReLU) and steps and getattr(steps[-1][1], "relu", False)):
             steps.append((name, step))  # the layer before a ReLU clips already
     return IntegerNetwork(tuple(steps), x_q, grid)
 
 
-def pool_of(name: str, module: nn.MaxPool2d) -> Pool:
-    """The numbers of an ``nn.MaxPool2d``, if it is of the plain kind."""
+def pool_sizes(name: str, module: nn.MaxPool2d) -> dict[str, tuple[int, int]]:
+    """Window, stride and padding in pixels of an ``nn.MaxPool2d``, if it is of the plain kind."""
     size, stride, padding, dilation = (
         (value, value) if isinstance(value, int) else tuple(value)
         for value in (module.kernel_size, module.stride, module.padding, module.dilation)
     )
     if dilation != (1, 1) or module.ceil_mode or module.return_indices:
         raise UnsupportedModel(f"{name!r} ({module}) has no counterpart here: dilation=1, ceil_mode=False are needed")
-    return Pool(size, stride, padding)
+    return {"size": size, "stride": stride, "padding": padding}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from course_lib.files import write_file
 from course_lib.gate import UnsupportedModel, whole_number
-from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pool, Relu, float_steps, pool_of
+from course_lib.methods.integer import IntegerLayer, IntegerNetwork, float_steps, integer_max_pool2d, pool_sizes
 from course_lib.methods.quantization import QuantParams, choose_qparams, naming, quantize
 
 if TYPE_CHECKING:
@@ -75,16 +75,6 @@ class Graph:
             spread = {"group": module.groups, "dilations": module.dilation} if isinstance(module, nn.Conv2d) else {}
             self.add("Conv", name, *inputs, **window(module.weight.shape[2:], module.stride, module.padding), **spread)
 
-    def other(self, name: str, module: nn.Module | Pool | Relu | Callable) -> None:
-        """A step without weights."""
-        if isinstance(module, (nn.ReLU, Relu)):
-            self.add("Relu", name)
-        elif isinstance(module, (nn.MaxPool2d, Pool)):
-            pool = module if isinstance(module, Pool) else pool_of(name, module)
-            self.add("MaxPool", name, **window(pool.size, pool.stride, pool.padding))
-        else:
-            self.add("Flatten", name, axis=1)
-
     def save(
         self, path: str | os.PathLike, input_shape: tuple[int, ...], network: Callable[[Tensor], Tensor]
     ) -> "onnx.ModelProto":
@@ -119,6 +109,16 @@ class Graph:
 def window(size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> dict[str, list[int]]:
     """What Conv and MaxPool call kernel, stride and padding."""
     return {"kernel_shape": list(size), "strides": list(stride), "pads": [*padding, *padding]}
+
+
+# What a step without weights is called: of a float network, and of one in integers.
+STEPS = {nn.ReLU: "Relu", nn.MaxPool2d: "MaxPool", nn.Flatten: "Flatten"}
+STEPS |= {torch.clamp: "Relu", integer_max_pool2d: "MaxPool", torch.flatten: "Flatten"}
+
+
+def add_step(graph: Graph, name: str, kind: str, sizes: dict) -> None:
+    """A step without weights; ``sizes`` are those of max-pooling."""
+    graph.add(kind, name, **(window(**sizes) if kind == "MaxPool" else {"axis": 1} if kind == "Flatten" else {}))
 
 
 def write_float_onnx(model: nn.Sequential, path: str | os.PathLike, input_shape: tuple[int, ...]) -> "onnx.ModelProto":
@@ -169,8 +169,9 @@ def write_chain(
     """A float32 graph in which the layers in ``four_bits`` are MatMulNBits nodes with those attributes."""
     graph, steps = Graph(), float_steps(model)
     for name, module in steps:
-        if not isinstance(module, (nn.Linear, nn.Conv2d)):
-            graph.other(name, module)
+        if type(module) in STEPS:
+            kind = STEPS[type(module)]
+            add_step(graph, name, kind, pool_sizes(name, module) if kind == "MaxPool" else {})
         elif name in four_bits:
             with naming(name):
                 add_int4_layer(graph, name, module, four_bits[name])
@@ -217,6 +218,6 @@ def write_int8_onnx(
             grid = step.y_q
         else:
             # The grid stays as it is; without saying so, the engine would leave the next layer in float32.
-            graph.other(name, step)
+            add_step(graph, name, STEPS[step.func], step.keywords)
         graph.through_grid(f"{name}_out", grid)
     return graph.save(path, input_shape, network)

@@ -18,8 +18,8 @@ def conv_net(seed=0):
     relu = nn.ReLU()
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=(1, 0), bias=False), nn.BatchNorm2d(6), relu,
-        nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.MaxPool2d(2, padding=1), relu, nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 16), nn.BatchNorm1d(16), relu,
-        nn.Linear(16, 10, bias=False),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.MaxPool2d(2, padding=1), relu, nn.Flatten(), nn.Dropout(0.5),
+        nn.Linear(48, 16), nn.BatchNorm1d(16), relu, nn.Linear(16, 10, bias=False),
     ).eval()  # fmt: skip
 
 
