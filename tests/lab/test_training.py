@@ -183,7 +183,7 @@ def test_threads_are_wanted_and_no_more(monkeypatch):
         for given, wanted, found in (("", 3, 3), ("2,4", 3, 2), ("x", 2, 2), ("0", 2, 2), ("16", 9, 8)):
             monkeypatch.setenv("OMP_NUM_THREADS", given)
             assert use_threads(wanted) == torch.get_num_threads() == found
-        with pytest.raises(ValueError, match="wanted must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="wanted must be an integer of at least 1, got 0"):
             use_threads(0)
     finally:
         torch.set_num_threads(before)
