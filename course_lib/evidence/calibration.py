@@ -5,13 +5,14 @@ fitted on *validation* data and then applied to test data unchanged.
 """
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from course_lib.gate import whole_number
 
 __all__ = [
     "Reliability",
@@ -53,8 +54,7 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> Rel
         bins: number of bins of equal width, at least 1, closed on the right.
 
     Raises:
-        TypeError: probabilities not floating point, labels not int64.
-        ValueError: shapes that do not fit, no image, rows that are no distributions, labels out of range, no bin.
+        TypeError, ValueError: what does not fit the above, with its shape or value; rows that are no distributions.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
 
@@ -62,7 +62,7 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> Rel
     >>> diagram.count.tolist(), diagram.accuracy.tolist()
     ([0, 2], [nan, 0.5])
     """
-    bins = _at_least_one("bins", bins)
+    bins = whole_number(bins, "bins")
     rows = _distributions(probabilities, labels)
     confidence, predicted = rows.max(dim=1)
     edges = torch.arange(bins + 1, dtype=torch.float64, device=rows.device) / bins
@@ -122,7 +122,7 @@ def calibration_floor(probabilities: Tensor, *, bins: int = 15, draws: int = 100
     >>> calibration_floor(torch.full((100, 2), 0.5)) > calibration_floor(torch.full((10_000, 2), 0.5))
     True
     """
-    draws, generator = _at_least_one("draws", draws), torch.Generator().manual_seed(seed)
+    draws, generator = whole_number(draws, "draws"), torch.Generator().manual_seed(seed)
     images = probabilities.shape[:1] if isinstance(probabilities, Tensor) else 1
     rows = _distributions(probabilities, torch.zeros(images, dtype=torch.int64)).cpu()
     labels = torch.multinomial(rows, draws, replacement=True, generator=generator)
@@ -147,8 +147,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         are all equal give 1.
 
     Raises:
-        TypeError: logits not floating point, labels not int64.
-        ValueError: shapes that do not fit, no image, NaN or infinity, labels out of range.
+        TypeError, ValueError: what does not fit the above, with its shape or value.
 
     Source: Guo et al. 2017, section 4.2, "temperature scaling".
 
@@ -184,8 +183,7 @@ def fit_class_bias(logits: Tensor, labels: Tensor, class_index: int) -> float:
         class_index: from 0 to K − 1.
 
     Raises:
-        TypeError, ValueError: as in :func:`fit_temperature`; a class index out of range; labels without the class or
-            without any other.
+        TypeError, ValueError: what does not fit the above; labels without the class or without any other.
 
     Source: after Hinton, Vinyals & Dean 2015, section 3, who chose the bias by errors on the test set; this does not.
 
@@ -194,8 +192,7 @@ def fit_class_bias(logits: Tensor, labels: Tensor, class_index: int) -> float:
     1.0986
     """
     z = _rows("logits", logits, labels)
-    if isinstance(class_index, bool) or not 0 <= (index := operator.index(class_index)) < z.shape[1]:
-        raise ValueError(f"class_index must be an integer from 0 to {z.shape[1] - 1}, got {class_index!r}")
+    index = whole_number(class_index, "class_index", 0, z.shape[1] - 1)
     share = (labels == index).double().mean().item()
     if share in (0.0, 1.0):
         raise ValueError(f"labels must hold class {index} and others, got a share of {share:g}: no bias fits them best")
@@ -218,12 +215,6 @@ def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return operator.index(value)
-
-
 def _distributions(probabilities: Tensor, labels: Tensor) -> Tensor:
     rows = _rows("probabilities", probabilities, labels)
     off = (rows.sum(dim=1) - 1).abs().max().item()
@@ -238,12 +229,13 @@ def _distributions(probabilities: Tensor, labels: Tensor) -> Tensor:
 def _rows(name: str, rows: Tensor, labels: Tensor) -> Tensor:
     """Finite rows ``[N, K]`` in float64, if there is one class index in range for each."""
     for what, given, fits in (
-        (f"{name} must be a floating-point tensor [N, K]", rows, Tensor.is_floating_point),
-        ("labels must be an int64 tensor [N] of class indices", labels, lambda t: t.dtype == torch.int64),
+        (name, rows, Tensor.is_floating_point),
+        ("labels", labels, lambda t: t.dtype == torch.int64),
     ):
         if not isinstance(given, Tensor) or not fits(given):
             kind = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-            raise TypeError(f"{what}, got {kind}")
+            need = "an int64 tensor [N] of class indices" if given is labels else "a floating-point tensor [N, K]"
+            raise TypeError(f"{what} must be {need}, got {kind}")
     if rows.dim() != 2 or not rows.numel() or labels.shape != rows.shape[:1]:
         raise ValueError(
             f"{name} must be [N, K] with N >= 1 images and labels [N], got shapes {tuple(rows.shape)} and "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.gate import copy_model, eval_mode
+from course_lib.gate import copy_model, eval_mode, whole_number
 from course_lib.methods.distillation_features import tap_features
 from course_lib.methods.temperature import check_float, check_number, readable_truth, widen
 
@@ -28,16 +28,15 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     back, so that one learning rate and one alpha serve every temperature.
 
     Args:
-        student_logits: floating point ``[..., K]``, at least one row.
-        teacher_logits: the same shape; must not require a gradient.
+        student_logits, teacher_logits: floating point ``[..., K]``, one shape, at least one row; the teacher's must not
+            require a gradient.
         temperature: above 0, the same for both (a tensor without dimensions serves a grid under ``vmap``).
 
     Returns:
-        A scalar in nats, at least 0 (within rounding), in float32 at least; 0 where the two distributions agree.
+        A scalar in nats, in float32 at least; at least 0 within rounding, and 0 where the two distributions agree.
 
     Raises:
-        TypeError: not floating-point tensors.
-        ValueError: shapes that differ, no row, teacher logits with a gradient, a temperature that is not above 0.
+        TypeError, ValueError: what does not fit the above, with its shape or value. (NaN gives NaN.)
 
     Source: Hinton, Vinyals & Dean 2015, section 2.
 
@@ -60,25 +59,21 @@ def kd_loss(
     alpha: float | Tensor,
     labelled: Tensor | None = None,
 ) -> Tensor:
-    """(1 − α) · CE(y, softmax(z_s)) + α · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)).
+    """(1 − α) · CE(y, softmax(z_s)) + α · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)), a scalar in nats.
 
     ``alpha`` weighs the soft term: 0 is exactly cross-entropy, 1 is exactly :func:`soft_target_loss`. (Beware when
-    comparing code: some projects let alpha weigh the hard term.)
+    comparing code: some projects let alpha weigh the hard term.) :func:`kd_terms` gives the parts by name.
 
     Args:
-        student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`, ``[..., K]``.
+        student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`.
         labels: int64 ``[...]``, from 0 to K − 1. Cross-entropy always uses T = 1.
         alpha: in [0, 1] (a tensor without dimensions serves a grid under ``vmap``).
         labelled: bool ``[...]``, for a transfer set whose labels are only partly known: cross-entropy is the mean over
             the images marked here (0 in a batch without any), the soft term still the mean over all. What ``labels``
             holds elsewhere is never read. ``None``: every label counts.
 
-    Returns:
-        A scalar in nats, ready for ``backward()``. :func:`kd_terms` gives its parts by name.
-
     Raises:
-        TypeError, ValueError: as in :func:`soft_target_loss`; labels of another dtype, shape or range; alpha outside
-            [0, 1]; ``labelled`` that is not bool or has another shape.
+        TypeError, ValueError: what does not fit the above, with its shape or value.
 
     Source: Hinton, Vinyals & Dean 2015, section 2.
 
@@ -86,8 +81,8 @@ def kd_loss(
     >>> kd_loss(student, teacher, torch.tensor([0]), temperature=2.0, alpha=0.5)
     tensor(0.3371)
     """
-    hard = cross_entropy(student_logits, labels, labelled)
     soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
+    hard = cross_entropy(student_logits, labels, labelled)
     return mix(hard, soft, alpha)  # (1 - alpha) * hard + alpha * soft
 
 
@@ -108,8 +103,8 @@ def kd_terms(
     >>> kd_terms(z, z, torch.tensor([0]), temperature=2.0, alpha=0.5)
     {'loss': tensor(0.3466), 'ce': tensor(0.6931), 'soft': tensor(0.)}
     """
-    hard = cross_entropy(student_logits, labels, labelled)
     soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
+    hard = cross_entropy(student_logits, labels, labelled)
     return {"loss": mix(hard, soft, alpha), "ce": hard, "soft": soft}
 
 
@@ -133,11 +128,8 @@ def decoupled_kd_loss(
         alpha: weight of the target-class term, at least 0 (1 in the paper).
         beta: weight of the non-target-class term, at least 0 (2, 6 or 8 by pair of networks in the official code).
 
-    Returns:
-        A scalar in nats, at least 0 (within rounding), in float32 at least.
-
     Raises:
-        TypeError, ValueError: as in :func:`kd_loss`; a negative alpha or beta; one class.
+        TypeError, ValueError: what does not fit the above, with its shape or value.
 
     Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", equation 7.
 
@@ -146,7 +138,7 @@ def decoupled_kd_loss(
     tensor(0.1661)
     """
     student, teacher, T = checked(student_logits, teacher_logits, temperature, least=2)
-    check_range(check_labels(labels, student), student)
+    check_labels(labels, student, in_range=True)
     right_p, wrong_p = decouple(torch.log_softmax(teacher / T, dim=-1), labels)
     right_q, wrong_q = decouple(torch.log_softmax(student / T, dim=-1), labels)
     target, nontarget = kl_divergence(right_p, right_q), kl_divergence(wrong_p, wrong_q)
@@ -166,8 +158,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None = None
     z, labels = (z, labels) if z.dim() <= 2 else (z.flatten(0, -2), labels.flatten())
     try:
         each = F.cross_entropy(z, labels, reduction="mean" if labelled is None else "none", ignore_index=NO_LABEL)
-    except IndexError:
-        check_range(labels, logits)
+    except IndexError:  # torch looks anyway, and more quickly
+        check_labels(labels, z, in_range=True)
         raise
     if labelled is None:
         return each
@@ -259,16 +251,14 @@ def teacher_table(
 
     Args:
         teacher: one module, or R of them; each stays as it was.
-        images: ``[N, ...]`` or a split that holds them as ``.images``, for every teacher; or R such, one a teacher, of
-            one length.
+        images: ``[N, ...]`` or a split that holds them as ``.images``, for every teacher; or R such, one a teacher.
         layer: the name of a layer whose output is wanted instead of the logits.
-        batch_size: images a forward pass.
 
     Returns:
         ``[N, K]`` (or ``[N, ...]`` of the layer) for one teacher, ``[R, N, K]`` for R, without gradient.
 
     Raises:
-        ValueError: no images, a batch size below 1, another number of image sets than of teachers, no such layer.
+        ValueError: no images, another number of image sets than of teachers, no such layer.
 
     >>> teacher_table(nn.Linear(4, 3), torch.ones(5, 4)).shape
     torch.Size([5, 3])
@@ -276,12 +266,11 @@ def teacher_table(
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     for_all = isinstance(images, Tensor) or hasattr(images, "images")
     each = [getattr(part, "images", part) for part in ([images] * len(teachers) if for_all else images)]
-    if len(each) != len(teachers) or not all(map(len, each)) or not each or batch_size < 1:
-        raise ValueError(
-            f"need images for each of {len(teachers)} teachers and a batch_size of at least 1, got "
-            f"{[tuple(part.shape) for part in each]} and {batch_size}"
-        )
-    tables = [_answers(model, part.split(batch_size), layer) for model, part in zip(teachers, each, strict=True)]
+    if len(each) != len(teachers) or not each or not all(map(len, each)):
+        shapes = [tuple(part.shape) for part in each]
+        raise ValueError(f"need images for each of {len(teachers)} teachers, got images of the shapes {shapes}")
+    size = whole_number(batch_size, "batch_size")
+    tables = [_answers(model, part.split(size), layer) for model, part in zip(teachers, each, strict=True)]
     return tables[0] if isinstance(teacher, nn.Module) else torch.stack(tables)
 
 
@@ -315,26 +304,19 @@ def checked(
     return student, widen(teacher), T.to(student.dtype) if isinstance(T, Tensor) else T
 
 
-def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None) -> Tensor:
-    """Int64 class indices, one a row of logits; 0 where the bool ``labelled`` says that there is none."""
-    check_rows("labels", labels, torch.int64, logits)
-    if labelled is not None:
-        check_rows("labelled", labelled, torch.bool, logits)
-        labels = labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class
-    return labels
-
-
-def check_range(labels: Tensor, logits: Tensor) -> None:
+def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None, *, in_range: bool = False) -> Tensor:
+    """Class indices, one a row of logits; 0 where the bool ``labelled`` says that there is none."""
+    for name, given, dtype in (("labels", labels, torch.int64), ("labelled", labelled, torch.bool)):
+        if given is None and dtype == torch.bool:
+            continue
+        if not isinstance(given, Tensor) or given.dtype != dtype:
+            kind = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"{name} must be a {dtype} tensor, one entry a row of logits, got {kind}")
+        if given.shape != logits.shape[:-1]:
+            shape, fit = tuple(given.shape), tuple(logits.shape[:-1])
+            raise ValueError(f"{name} must have shape {fit} to fit logits {tuple(logits.shape)}, got {shape}")
     last = logits.shape[-1] - 1
-    if not readable_truth((labels.clamp(0, last) == labels).all()):
+    if in_range and not readable_truth((labels.clamp(0, last) == labels).all()):
         low, high = labels.min().item(), labels.max().item()
         raise ValueError(f"labels must run from 0 to {last} for {last + 1} classes, got {low} to {high}")
-
-
-def check_rows(name: str, given: Tensor, dtype: torch.dtype, logits: Tensor) -> None:
-    if not isinstance(given, Tensor) or given.dtype != dtype:
-        kind = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name} must be a {dtype} tensor, one entry a row of logits, got {kind}")
-    if given.shape != logits.shape[:-1]:
-        fit = tuple(logits.shape[:-1])
-        raise ValueError(f"{name} must have shape {fit} to fit logits {tuple(logits.shape)}, got {tuple(given.shape)}")
+    return labels if labelled is None else labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class

@@ -85,7 +85,7 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         halves; the mean keeps one weight usable for every width.)
 
     Raises:
-        TypeError, ValueError: not floating-point tensors, shapes that differ, teacher features with a gradient.
+        TypeError, ValueError: what does not fit the above, with its shape.
 
     Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", equation 3.
 
@@ -106,7 +106,7 @@ def attention_map(features: Tensor) -> Tensor:
         ``[N, H·W]``, at least 0, Euclidean length 1 (0 where all features are 0).
 
     Raises:
-        TypeError, ValueError: no floating-point tensor, not four dimensions.
+        TypeError, ValueError: what does not fit the above, with its shape.
 
     Source: Zagoruyko & Komodakis 2017, "Paying More Attention to Attention", section 3.1.
 
@@ -127,8 +127,7 @@ def attention_map_loss(student_features: Tensor, teacher_features: Tensor) -> Te
         teacher_features: ``[N, C_t, H, W]``, any number of channels, without gradient.
 
     Raises:
-        TypeError, ValueError: not floating-point tensors, images, heights or widths that differ, teacher features with
-            a gradient.
+        TypeError, ValueError: what does not fit the above, with its shape; other images, heights or widths.
 
     Source: Zagoruyko & Komodakis 2017, equation 2 (one pair of layers, p = 2; they weigh it with 1,000 after a *mean*
     over positions, which is 1,000 / (H·W) on this sum).
@@ -149,8 +148,7 @@ def relational_distance_loss(student_features: Tensor, teacher_features: Tensor)
         A scalar without unit, averaged over the N² pairs.
 
     Raises:
-        TypeError, ValueError: not floating-point tensors, different or fewer than two images, teacher features with a
-            gradient.
+        TypeError, ValueError: what does not fit the above, with its shape.
 
     Source: Park et al. 2019, "Relational Knowledge Distillation", equations 5 to 7.
     """
