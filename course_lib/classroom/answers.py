@@ -1,8 +1,8 @@
 """Judging an answer: the learner's function is run on fresh cases, and one sentence says what came out.
 
 A :class:`Task` holds the right answer, the cases, and the usual wrong answers as code. :func:`judge` knows nothing of
-any one task: it runs the learner's function beside the right one, and where they differ it looks for a wrong answer that
-gives the same results as the learner's on *every* case. That one names the mistake.
+any one task: it runs the learner's function beside the right one, and where they differ it looks for a wrong answer
+that gives what the learner's gives on *every* case. That one names the mistake.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def judge(task: Task, function: Callable, seed: int | None = None) -> Result:
         try:
             passed, text = task.judged(function) if task.judged else _judge(task, function, np.random.default_rng(seed))
         except (_NotYet, NotImplementedError) as blank:
-            passed, text = False, f"not yet. {blank}{task.expects[0].upper()}{task.expects[1:]} is expected."
+            passed, text = False, f"not yet. {blank or 'It is a blank'}; {task.expects} is expected."
         except Exception as error:
             passed, text = False, f"it raised {_error(error)}."
     if printed.getvalue() and not passed:
@@ -144,7 +144,7 @@ def _call(task: Task, function: Callable, case: tuple, blank: _Outcome | None = 
     def noted(*given):
         value = function(*given)
         if value is Ellipsis or (value is None and blank is not None):
-            raise _NotYet("It returned " + ("None; " if value is None else "...; "))
+            raise _NotYet(f"It returned {'...' if value is Ellipsis else value}")
         return value
 
     try:
@@ -220,7 +220,7 @@ def _difference(got: Any, want: Any, tolerance: float) -> str:
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"you return {_kind(got)}, expected {_kind(want)}"
         gaps = [_difference(g, w, tolerance) for g, w in zip(got, want, strict=True)]
-        return next((f"in number {i} of {len(want)} {gap}" for i, gap in enumerate(gaps, 1) if gap), "")
+        return next((f"in item {i} {gap}" for i, gap in enumerate(gaps, 1) if gap), "")
     if want is None or isinstance(want, str):
         return "" if type(got) is type(want) and got == want else f"yours is {_shown(got)}, expected {_shown(want)}"
     got, want = _tensor(got, want), _tensor(want, want)
@@ -233,14 +233,13 @@ def _difference(got: Any, want: Any, tolerance: float) -> str:
         return "yours is NaN" if a.dim() == 0 else f"yours has {int(a.isnan().sum())} NaN of {a.numel()}"
     finite = b[b.isfinite()]
     slack = tolerance * float(finite.abs().max()) if finite.numel() and _family(want) == "float" else 0.0
-    off = ~((a == b) | ((a - b).abs() <= slack))
+    off = ~((a == b) | ((a - b).abs() <= slack) | (a.isnan() & b.isnan()))
     if not bool(off.any()):
         return ""
     place = tuple(int(i) for i in off.nonzero()[0])
     mine, theirs = (t[place].item() for t in (got.detach(), want.detach()))
-    return f"{f'entry {list(place)} of ' if place else ''}yours is {_shown(mine)}, expected {_shown(theirs)}" + _times(
-        mine, theirs
-    )
+    yours = f"yours has {_shown(mine)} at {list(place)}" if place else f"yours is {_shown(mine)}"
+    return f"{yours}, expected {_shown(theirs)}{_times(mine, theirs)}"
 
 
 def _times(mine: Any, theirs: Any) -> str:

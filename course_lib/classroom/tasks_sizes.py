@@ -1,7 +1,7 @@
 """The tasks of chapters 01 to 03: sizes and intervals, pruning, quantization.
 
-Each has a right answer of a few lines, written apart from the library, whose keywords make the usual mistakes; and cases
-that tell these from it. To add one: a ``Task`` here, its cells in ``notebooks/solutions/``, then ``make practice``.
+Each has a right answer of a few lines, written apart from the library, whose keywords make the usual mistakes; and
+cases that tell these from it. To add one: a ``Task`` here, its cells in ``notebooks/solutions/``, ``make practice``.
 """
 
 import heapq
@@ -30,11 +30,11 @@ def _macs(widths, biases=0, times=1, layers=None, join=sum):
 
 
 def _interval(a, b, paired=True, ddof=1, quantile=None, root=True, level=0.95, sign=1):
-    from scipy import stats
+    from scipy.special import stdtrit  # Student's quantile, without the seconds that scipy.stats takes
 
     a, b = sign * np.asarray(a, dtype=float), sign * np.asarray(b, dtype=float)
     spread = (a - b).std(ddof=ddof) if paired else math.hypot(a.std(ddof=1), b.std(ddof=1))
-    half = (quantile or stats.t.ppf((1 + level) / 2, len(a) - 1)) * spread / (math.sqrt(len(a)) if root else 1)
+    half = (quantile or stdtrit(len(a) - 1, (1 + level) / 2)) * spread / (math.sqrt(len(a)) if root else 1)
     return (a - b).mean() - half, (a - b).mean() + half
 
 
@@ -46,10 +46,10 @@ def _scores(rng):
 
 
 def _seeds(spread, gain, quantile=None, level=0.95, whole=1, less=0):
-    from scipy import stats
+    from scipy.special import stdtrit  # Student's quantile, without the seconds that scipy.stats takes
 
     seeds = 2
-    while (quantile or stats.t.ppf((1 + level) / 2, seeds - 1)) * whole * spread / math.sqrt(seeds) > gain:
+    while (quantile or stdtrit(seeds - 1, (1 + level) / 2)) * whole * spread / math.sqrt(seeds) > gain:
         seeds += 1
     return seeds - less
 
@@ -74,7 +74,7 @@ _CHAPTER_01 = [
         "paired_interval", _interval, "a pair (low, high)", "3, 8 and 24 pairs, as lists and as arrays.", _scores,
         {
             "That is for two unrelated rows: take the differences first, seed by seed.": dict(paired=False),
-            "1.96 is for many seeds: with few, Student's t with R − 1 degrees of freedom is wider.": dict(quantile=1.96),
+            "1.96 is for many seeds: Student's t with R − 1 degrees of freedom is wider.": dict(quantile=1.96),
             "That is how far *one* difference scatters: the mean of R scatters √R times less.": dict(root=False),
             "The standard deviation of a sample divides by R − 1 (ddof=1), not by R.": dict(ddof=0),
             "That is b − a: the sign is swapped.": dict(sign=-1),
@@ -152,12 +152,12 @@ def _hold(masks, keep=True, steps=99, layers=None, change=lambda parameters, nam
 def _train(hold, masks, start):
     """Eight steps of an optimiser with momentum; ``hold(masks)`` is called after each."""
     weights = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
-    optimizer = torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9)
-    after_step = hold(masks)
+    after_step, velocity = hold(masks), 0.0
     for step in range(8):
+        velocity = 0.9 * velocity + 1.0 + step  # by hand: importing an optimiser takes seconds
         for weight in weights.values():
             weight.grad = torch.full_like(weight, 1.0 + step)
-        optimizer.step()
+            weight.data -= 0.1 * velocity
         with torch.no_grad():
             after_step(dict(weights), step)
     return {name: weight.detach() for name, weight in weights.items()}
@@ -240,7 +240,7 @@ _CHAPTER_02 = [
         {
             "This mask keeps every positive weight and no negative one: sign is not size.": dict(size=torch.sign),
             "This mask keeps large *positive* weights: a large negative one is worth as much.": dict(size=torch.clone),
-            "The threshold hangs on the largest weight with its sign: take the largest magnitude.": dict(largest=torch.max),
+            "The threshold comes from the largest weight: take the largest magnitude.": dict(largest=torch.max),
             "A weight exactly at the threshold goes: the formula says >, not ≥.": dict(beyond=torch.ge),
             "The threshold is α itself; it should be α times the largest magnitude.": dict(largest=lambda w: 1.0),
             "Each row has its own threshold; one for the whole tensor is asked for.": dict(
@@ -250,13 +250,13 @@ _CHAPTER_02 = [
         },
     ),
     Task(
-        "rank_mask", _rank, "a bool tensor", "weights of both signs, ties, zeros, a convolution, shares from 0 to 95 %.",
+        "rank_mask", _rank, "a bool tensor", "both signs, ties, zeros, a convolution, shares from 0 to 95 %.",
         lambda rng: [*_weights(rng), (draw(rng, 10, 10), 0.29), (_EQUAL, 0.5), (draw(rng, 6), 0.95)],
         {
-            "This ranks by sign: it keeps large *positive* weights, and large negative ones go first.": dict(size=torch.clone),
+            "This mask keeps large *positive* weights: large negative ones go first.": dict(size=torch.clone),
             "Upside down: it keeps the smallest.": dict(size=lambda w: -w.abs()),
             "True and False are swapped: True is for what stays.": dict(keep=False),
-            "`sparsity` is the share that goes, not the one that stays.": lambda weight, sparsity: _rank(weight, 1 - sparsity),
+            "`sparsity` is the share that goes, not what stays.": lambda weight, sparsity: _rank(weight, 1 - sparsity),
             "Each row is ranked by itself; all weights are to be ranked together.": dict(rows=True),
             "The number that goes is rounded down; round it.": dict(count=math.floor),
             "Of weights equal to the threshold all go: sort, or count how many may.": dict(ties=True),
@@ -389,7 +389,7 @@ def _requantized(total, multiplier, zero_point, rounding=torch.round, low=-128, 
 
 
 def _sums(rng):
-    for shape, multiplier, zero in (((8,), 0.0123, 0), ((3, 5), 0.00417, -20), ((2, 2, 3), 0.031, 7), ((1,), 0.4, 3)):
+    for shape, multiplier, zero in (((8,), 0.0123, 0), ((3, 5), 0.00417, -20), ((2, 2, 3), 0.31, 7), ((1,), 0.04, 3)):
         total = torch.tensor(rng.integers(-40_000, 40_000, shape), dtype=torch.int32)
         small = total.numel() // 2
         total.view(-1)[:small] = torch.tensor(rng.integers(-99, 100, small) / multiplier).int()
@@ -453,13 +453,13 @@ _CHAPTER_03 = [
         "fake_quantize_ste", _ste, "a tensor with a gradient",
         "values and gradients, inside the grid and outside, with and without a zero point.", _on_the_grid,
         {
-            "The values are right, but no gradient comes through: round() is flat almost everywhere.": dict(through=False),
+            "The values are right, but no gradient comes through: round() is flat.": dict(through=False),
             "The values are right, but clipped entries have gradient 1: they do not move, so 0.": dict(everywhere=True),
             "The zero point is not used.": dict(zero=0),
             "The zero point is added and not taken off again.": dict(back=0),
             "That rounds down; round to the nearest.": dict(rounding=torch.floor),
-            "Nothing is clipped: there are no integers outside qmin to qmax.": lambda x, scale, zero_point, qmin, qmax: (
-                _ste(x, scale, zero_point, -999, 999)),
+            "Nothing is clipped: there are no integers outside qmin to qmax.": lambda x, s, z, low, high: (
+                _ste(x, s, z, -999, 999)),
         },
         observe=with_gradient,
     ),
@@ -505,7 +505,7 @@ _CHAPTER_03 = [
         lambda rng: [([5, 1, 1, 1],), ([1, 1, 2, 3, 5, 8, 13],), ([4, 4, 4, 4, 4],), ([3, 0, 5, 1],), ([0, 7],),
                      (rng.integers(1, 99, 12).tolist(),)],
         {
-            "All codes are equally long: frequent symbols should get short ones.": dict(each=lambda c, k, n: math.log2(k)),
+            "All codes are equally long: frequent symbols get short ones.": dict(each=lambda c, k, n: math.log2(k)),
             "That is ⌈−log₂ p⌉ for each by itself (Shannon): merging the two rarest does better.": dict(
                 each=lambda c, k, n: math.log2(n / c)),
             "The rarest merges with another than the second rarest: take the two rarest.": dict(second=list.pop),
