@@ -52,11 +52,14 @@ def kmeans_codebook(
     >>> [round(c, 3) for c in book.centroids.tolist()], book.index.tolist()
     ([-2.1, 0.0, 1.0], [2, 2, 1, 0, 0])
     """
-    bits, iterations = whole_number(bits, "bits", 1, 8), whole_number(iterations, "iterations", 1)
+    entries = 2 ** whole_number(bits, "bits", 1, 8)
+    iterations = whole_number(iterations, "iterations")
     values = check_real(weight, "weight").double().flatten()
     zero = (values == 0) & keep_zeros
-    centroids = lloyd(values[~zero].sort().values, 2**bits - bool(zero.any()), iterations)
-    centroids = check_real(centroids.to(dtype or weight.dtype), f"centroids in {dtype}").double()
+    ordered = values[~zero].sort().values
+    centroids = lloyd(ordered, entries - bool(zero.any()), iterations)
+    rounded = centroids.to(dtype or weight.dtype)
+    centroids = check_real(rounded, f"centroids in {rounded.dtype}").double()
     nearest = torch.bucketize(values, (centroids[1:] + centroids[:-1]) / 2)
     shared = torch.where(zero, 0.0, centroids[nearest])
     centroids, index = shared.to(weight.dtype).unique(return_inverse=True)
@@ -74,11 +77,12 @@ def lloyd(ordered: Tensor, clusters: int, iterations: int) -> Tensor:
     distinct = ordered.unique()
     if len(distinct) <= clusters:
         return distinct if len(distinct) else torch.zeros(1).to(ordered)
-    centroids = torch.linspace(ordered[0], ordered[-1], clusters, dtype=ordered.dtype, device=ordered.device)
+    centroids = torch.linspace(ordered[0], ordered[-1], clusters, dtype=ordered.dtype)
     sums = nn.functional.pad(ordered.cumsum(0), (1, 0))
+    ends = torch.tensor([0, len(ordered)], device=ordered.device)
     for _ in range(iterations):
         edges = torch.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
-        cuts = nn.functional.pad(nn.functional.pad(edges, (1, 0)), (0, 1), value=len(ordered))
+        cuts = torch.cat([ends[:1], edges, ends[1:]])
         sizes, before = cuts.diff(), centroids
         means = sums[cuts].diff() / sizes.clamp(min=1)
         centroids = torch.where(sizes > 0, means, before)

@@ -71,6 +71,11 @@ def largest_of_groups(weight: Tensor, group: int | None) -> Tensor:
     return slices(check_real(weight, "weight"), None, group).abs().amax(dim=-1)
 
 
+def scaled(weight: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    """Each weight over the scale of its group, float32."""
+    return weight.detach().float() / spread(scale, weight.dim(), None, group)
+
+
 def rounded_scale(scale: Tensor) -> Tensor:
     """A scale rounded to 16 bits, as it is stored; bfloat16 has float32's range, so it stays above 0 and finite."""
     return scale.bfloat16().float().clamp(max=torch.finfo(torch.bfloat16).max)
@@ -84,7 +89,7 @@ def int4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
     """
     q = choose_qparams(weight, 4, group=group)
     scale = rounded_scale(q.scale)
-    marks = torch.round(weight.float() / spread(scale, weight.dim(), None, group))
+    marks = torch.round(scaled(weight, scale, group))
     codes = marks.clamp(-7, 7).to(torch.int8) & 0xF
     return Encoded("int4", codes.to(torch.uint8), scale, group, 16)
 
@@ -98,7 +103,7 @@ def nf4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
     scale = rounded_scale(safe_scale(largest_of_groups(weight, group), 1))
     levels = LEVELS["nf4"].to(weight.device)
     halfway = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(weight.float() / spread(scale, weight.dim(), None, group), halfway)
+    codes = torch.bucketize(scaled(weight, scale, group), halfway)
     return Encoded("nf4", codes.to(torch.uint8), scale, group, 16)
 
 
@@ -114,7 +119,8 @@ def small_float(x: Tensor, mantissa: int, least: int, largest: float) -> Tensor:
     >>> small_float(torch.tensor([0.7, 2.5, 2.6, -9.0]), mantissa=1, least=0, largest=6).tolist()
     [0.5, 2.0, 3.0, -6.0]
     """
-    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)  # 2^exponent <= |x| < 2^(exponent + 1)
+    # |x| lies between 2^exponent and twice that.
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)
     step = torch.exp2((exponent - mantissa).float())
     return (torch.round(x / step) * step).clamp(-largest, largest)
 
@@ -126,9 +132,10 @@ def fp8_encode(weight: Tensor, group: int | None = None) -> Encoded:
     [448.0, 0.3125, -16.0]
     """
     scale = safe_scale(largest_of_groups(weight, group), 448)
-    scaled = weight.float() / spread(scale, weight.dim(), None, group)
-    codes = small_float(scaled, mantissa=3, least=-6, largest=448).to(torch.float8_e4m3fn)
-    return Encoded("fp8", codes.view(torch.uint8), scale, group, 32)
+    x = scaled(weight, scale, group)
+    rounded = small_float(x, mantissa=3, least=-6, largest=448)
+    codes = rounded.to(torch.float8_e4m3fn).view(torch.uint8)
+    return Encoded("fp8", codes, scale, group, 32)
 
 
 def mxfp4_encode(weight: Tensor, group: int = 32) -> Encoded:
@@ -141,8 +148,8 @@ def mxfp4_encode(weight: Tensor, group: int = 32) -> Encoded:
     """
     power = torch.frexp(safe_scale(largest_of_groups(weight, group), 4)).exponent - 1
     scale = torch.exp2(power.clamp(-127, 127).float())
-    scaled = weight.float() / spread(scale, weight.dim(), None, group)
-    rounded = small_float(scaled, mantissa=1, least=0, largest=6)
+    x = scaled(weight, scale, group)
+    rounded = small_float(x, mantissa=1, least=0, largest=6)
     magnitude = torch.bucketize(rounded.abs(), LEVELS["mxfp4"][:8].to(weight.device))
     codes = magnitude + 8 * torch.signbit(rounded)
     return Encoded("mxfp4", codes.to(torch.uint8), scale, group, 8)

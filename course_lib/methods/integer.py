@@ -62,12 +62,13 @@ def fixed_point(real: Tensor) -> FixedPoint:
     """
     real = torch.as_tensor(real, dtype=torch.float64)
     if not bool((torch.isfinite(real) & (real > 0) & (real < INT32_MAX)).all()):
-        raise ValueError(f"a rescaling factor must be above 0 and below 2^31, got {real.tolist()}")
+        raise ValueError(f"factors must be above 0 and below 2^31, got {real.tolist()}")
     mantissa, exponent = torch.frexp(real)
     multiplier = (mantissa * 2**31).round().to(torch.int64)
     # Rounding up may reach 2^31, one bit too long.
     full = multiplier == 2**31
-    multiplier, exponent = torch.where(full, 2**30, multiplier), exponent.to(torch.int64) + full
+    multiplier = torch.where(full, 2**30, multiplier)
+    exponent = exponent.to(torch.int64) + full
     # Beyond 62 places any product of 62 bits is rounded to 0 or to one step.
     return FixedPoint(multiplier, (31 - exponent).clamp(max=62))
 
@@ -94,12 +95,11 @@ def centred(xq: Tensor, q: QuantParams, name: str) -> Tensor:
 
 def quantize_bias(bias: Tensor, x_q: QuantParams, w_q: QuantParams) -> Tensor:
     """A bias [O] on the accumulator's own grid, step s_x s_w: int32 [O]; ValueError if int32 cannot hold it."""
-    steps = (check_real(bias, "bias", empty=True).double() / (x_q.scale.double() * w_q.scale.double())).round()
+    step = x_q.scale.double() * w_q.scale.double()
+    steps = (check_real(bias, "bias", empty=True).double() / step).round()
     if bool((steps.abs() > INT32_MAX).any()):
-        raise ValueError(
-            f"a bias of up to {bias.abs().max().item():g} is {steps.abs().max().item():.3g} steps of the accumulator: "
-            "more than int32 holds; the weights' or the input's scale is too small"
-        )
+        most = f"{steps.abs().max().item():.3g} steps of the accumulator"
+        raise ValueError(f"a bias is {most}, more than int32 holds: too small a scale")
     return steps.to(torch.int32)
 
 
@@ -183,7 +183,8 @@ def integer_conv2d(
     accumulator = columns @ centred(wq, w_q, "wq").flatten(1).T
     if bias is not None:
         accumulator = accumulator + bias
-    return requantize(accumulator, rescaling(x_q, w_q, y_q), y_q).movedim(3, 1).contiguous()
+    yq = requantize(accumulator, rescaling(x_q, w_q, y_q), y_q)
+    return yq.movedim(3, 1).contiguous()
 
 
 def integer_max_pool2d(

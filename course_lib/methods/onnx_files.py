@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from course_lib.files import write_file
 from course_lib.gate import UnsupportedModel, whole_number
 from course_lib.methods.integer import IntegerLayer, IntegerNetwork, float_steps, integer_max_pool2d, pool_sizes
-from course_lib.methods.quantization import QuantParams, choose_qparams, naming, quantize
+from course_lib.methods.quantization import QuantParams, choose_qparams, in_groups, naming, quantize
 
 if TYPE_CHECKING:
     import onnx
@@ -183,16 +183,15 @@ def write_chain(
 
 def add_int4_layer(graph: Graph, name: str, layer: nn.Linear, attributes: dict) -> None:
     """A MatMulNBits node: two integers a byte, the first in the lower half, 8 added so that none is negative."""
-    if layer.in_features % attributes["block_size"]:
-        raise ValueError(
-            f"group={attributes['block_size']} does not divide {layer.in_features} inputs; name it in skip"
-        )
-    q = choose_qparams(layer.weight, 4, group=attributes["block_size"])
-    marks = (quantize(layer.weight, q) + 8).to(torch.uint8).unflatten(1, (-1, attributes["block_size"]))
+    group, inputs = attributes["block_size"], layer.in_features
+    if inputs % group:
+        raise ValueError(f"group={group} does not divide {inputs} inputs; name it in skip")
+    q = choose_qparams(layer.weight, 4, group=group)
+    marks = in_groups((quantize(layer.weight, q) + 8).to(torch.uint8), group)
     packed = marks[..., ::2] | marks[..., 1::2] << 4  # [O, groups, group / 2]
-    constants = graph.constant(f"{name}_packed", packed), graph.constant(f"{name}_scale", q.scale)
-    sizes = {"K": layer.in_features, "N": layer.out_features}
-    graph.add("MatMulNBits", name, *constants, domain="com.microsoft", **sizes, **attributes)
+    constants = (graph.constant(f"{name}_packed", packed), graph.constant(f"{name}_scale", q.scale))
+    attributes = {"K": inputs, "N": layer.out_features, **attributes}
+    graph.add("MatMulNBits", name, *constants, domain="com.microsoft", **attributes)
     if layer.bias is not None:
         graph.add("Add", f"{name}_add", graph.constant(f"{name}_bias", layer.bias))
 

@@ -118,6 +118,11 @@ def naming(layer: str) -> Iterator[None]:
         raise type(error)(f"layer {layer!r}: {error}") from error
 
 
+def from_the_front(axis: int | None, dims: int) -> int | None:
+    """``axis`` counted from the front, or an error."""
+    return axis if axis is None else whole_number(axis, "axis", -dims, dims - 1) % dims
+
+
 def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
     """(qmin, qmax) of 2 to 8 bits: ±(2^(bits-1) - 1) when symmetric, 0 to 2^bits - 1 when not.
 
@@ -136,7 +141,8 @@ def in_groups(x: Tensor, group: int) -> Tensor:
     group, length = whole_number(group, "group", 1), x.shape[-1] if x.dim() else 1
     if x.dim() == 0 or length % group:
         fits = max(g for g in range(1, min(group, length) + 1) if length % g == 0)
-        raise ValueError(f"group={group} does not divide the last dimension of shape {tuple(x.shape)}; {fits} would")
+        last = f"the last dimension of shape {tuple(x.shape)}"
+        raise ValueError(f"group={group} does not divide {last}; {fits} would")
     return x.unflatten(-1, (-1, group))
 
 
@@ -144,7 +150,9 @@ def slices(x: Tensor, axis: int | None, group: int | None) -> Tensor:
     """``x`` arranged so that the last dimension holds what shares a scale: [n], [C, n] or [..., n / group, group]."""
     if group is not None:
         return in_groups(x, group)
-    return x.flatten() if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if axis is not None:
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    return x.flatten()
 
 
 def spread(scale: Tensor, dims: int, axis: int | None, group: int | None) -> Tensor:
@@ -202,9 +210,10 @@ def choose_qparams(
     torch.Size([10, 3])
     """
     x = check_real(x)
-    axis = axis if axis is None else whole_number(axis, "axis", -x.dim(), x.dim() - 1) % x.dim()
+    axis = from_the_front(axis, x.dim())
     low, high = slices(x, axis, group).aminmax(dim=-1)
-    return qparams_from_range(low, high, bits, symmetric=symmetric, axis=axis, group=group)
+    options = {"symmetric": symmetric, "axis": axis, "group": group}
+    return qparams_from_range(low, high, bits, **options)
 
 
 def qparams_from_range(
@@ -224,7 +233,8 @@ def qparams_from_range(
     """
     low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
-        raise ValueError(f"a range needs finite low <= high, got low={low.tolist()}, high={high.tolist()}")
+        ends = f"low={low.tolist()}, high={high.tolist()}"
+        raise ValueError(f"a range needs finite low <= high, got {ends}")
     qmin, qmax = integer_range(bits, symmetric=symmetric)
     scale, zero_point = scale_and_zero(low, high, qmin, qmax)
     return QuantParams(scale, zero_point, qmin, qmax, axis, group)
@@ -233,7 +243,8 @@ def qparams_from_range(
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Grid coordinates of ``x``, rounded half to even but not clipped, in float32 at least."""
     # PyTorch too multiplies by the inverse of the scale: so a tie falls to the same side.
-    return torch.round(x.to(torch.promote_types(x.dtype, torch.float32)) * (1.0 / scale)) + zero_point
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.round(x * (1.0 / scale)) + zero_point
 
 
 def quantize(x: Tensor, q: QuantParams) -> Tensor:
@@ -298,7 +309,7 @@ def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qm
         marks = to_grid(x, scale, zero_point)
         inside = ((marks >= qmin) & (marks <= qmax)).to(x.dtype)
         on_grid = ((marks.clamp(qmin, qmax) - zero_point) * scale).to(x.dtype)
-    # x - x.detach() is exactly zero: the value of the grid to the last bit, the gradient of x.
+    # x - x.detach() is exactly zero: the value of the grid, the gradient of x.
     return on_grid + inside * (x - x.detach())
 
 
@@ -309,7 +320,7 @@ def floor_quantize(w: Tensor, s: float) -> Tensor:
     [-0.30000001192092896, 0.0, 0.10000000149011612]
     """
     if not (math.isfinite(s) and s > 0):
-        raise ValueError(f"s must be a positive number of grid points a unit, got {s!r}")
+        raise ValueError(f"s, grid points a unit, must be a positive number, got {s!r}")
     return torch.floor(check_real(w, "w", empty=True) * s) / s
 
 
@@ -319,10 +330,10 @@ def signal_to_noise(x: Tensor, approximation: Tensor) -> float:
     >>> round(signal_to_noise(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])), 2)
     20.0
     """
-    x, approximation = check_real(x).double(), check_real(approximation, "approximation").double()
-    if x.shape != approximation.shape:
-        raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(approximation.shape)}")
-    signal, noise = x.square().sum().item(), (x - approximation).square().sum().item()
+    x, y = check_real(x).double(), check_real(approximation, "approximation").double()
+    if x.shape != y.shape:
+        raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
+    signal, noise = x.square().sum().item(), (x - y).square().sum().item()
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

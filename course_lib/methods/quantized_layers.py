@@ -96,7 +96,8 @@ class FakeQuant(MadeWeight):
         largest = slices(rows.detach(), self.axis, self.group).abs().amax(dim=-1)
         grid = scale_and_zero(-largest, largest, qmin, qmax)
         scale, zero_point = (spread(part, 2, self.axis, self.group) for part in grid)
-        return straight_through(rows, scale, zero_point, qmin, qmax).view_as(self.weight)
+        on_grid = straight_through(rows, scale, zero_point, qmin, qmax)
+        return on_grid.view_as(self.weight)
 
     def made_input(self, x: Tensor) -> Tensor:
         if self.activation_bits is None:
@@ -359,8 +360,10 @@ def fold_into_(layer: nn.Linear | nn.Conv2d, norm: nn.Module) -> nn.Module:
         gain = (norm.running_var.double() + norm.eps).rsqrt()
         shift = -norm.running_mean.double() * gain
         if norm.affine:
-            gain, shift = gain * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+            gain = gain * norm.weight.double()
+            shift = shift * norm.weight.double() + norm.bias.double()
         bias = 0 if layer.bias is None else layer.bias.double() * gain
-        layer.weight.copy_(layer.weight.double() * gain.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+        rows = layer.weight.double().flatten(1) * gain.unsqueeze(1)
+        layer.weight.copy_(rows.view_as(layer.weight))
         layer.bias = nn.Parameter((bias + shift).to(layer.weight.dtype))
     return layer
