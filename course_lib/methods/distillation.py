@@ -47,7 +47,7 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     student, teacher, T = checked(student_logits, teacher_logits, temperature)
     log_p = torch.log_softmax(teacher / T, dim=-1)
     log_q = torch.log_softmax(student / T, dim=-1)
-    return T**2 * kl_divergence(log_p, log_q)
+    return T**2 / count_rows(student) * kl_divergence(log_p, log_q)
 
 
 def kd_loss(
@@ -142,14 +142,20 @@ def decoupled_kd_loss(
     right_p, wrong_p = decouple(torch.log_softmax(teacher / T, dim=-1), labels)
     right_q, wrong_q = decouple(torch.log_softmax(student / T, dim=-1), labels)
     target, nontarget = kl_divergence(right_p, right_q), kl_divergence(wrong_p, wrong_q)
-    return T**2 * (check_number("alpha", alpha) * target + check_number("beta", beta) * nontarget)
+    weighted = check_number("alpha", alpha) * target + check_number("beta", beta) * nontarget
+    return T**2 / count_rows(student) * weighted
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of log-probabilities ``[..., K]``: summed over classes, averaged over the rest."""
+    """KL(p ‖ q) of log-probabilities ``[..., K]``, summed over all rows."""
     p = log_p.exp()
     difference = (log_p - log_q).masked_fill(p == 0, 0.0)  # 0 · (∞ − ∞) of a class that is ruled out is 0
-    return (p * difference).sum() / p.shape[:-1].numel()
+    return (p * difference).sum()
+
+
+def count_rows(logits: Tensor) -> int:
+    """Images in ``[..., K]``: the N of "batchmean"."""
+    return logits.shape[:-1].numel()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
