@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 __all__ = [
     "UnsupportedModel",
@@ -231,9 +231,8 @@ def new_like(layer: nn.Module, kind: type, weight: Tensor, **options) -> nn.Modu
 def chain_steps(model: nn.Module, doing: str = "convert") -> list[tuple[str, nn.Module]]:
     """The steps of a chain in order, nested ``nn.Sequential`` opened, a module used twice listed twice.
 
-    Raises:
-        UnsupportedModel: what :func:`check_model` refuses; a module that is no ``nn.Sequential`` but has children, or
-            has a forward of its own.
+    UnsupportedModel: what :func:`check_model` refuses; a module that has children but is no ``nn.Sequential``, or that
+    has a forward of its own.
 
     >>> relu = nn.ReLU()
     >>> [name for name, _ in chain_steps(nn.Sequential(nn.Linear(2, 2), relu, nn.Sequential(nn.Linear(2, 2), relu)))]
@@ -332,18 +331,19 @@ def _reads_weight(function: object, owner: type, seen: set) -> bool:
 
 def _kept_beside(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
     """(attribute, module or parameter, does a function hold it) of all that plain attributes keep, however deep."""
-    seen: set[int] = set()
-
-    def within(value: object, by_function: bool = False) -> Iterator[tuple[object, bool]]:
+    internal = vars(nn.Module()).keys()
+    if isinstance(module, (nn.RNNBase, fx.GraphModule)):  # which renew what they keep when they are copied
+        return
+    todo, seen = [(key, value, False) for key, value in vars(module).items() if key not in internal], set()
+    while todo:
+        key, value, by_function = todo.pop()
         if isinstance(value, (nn.Module, nn.Parameter)):
-            yield value, by_function
-        if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, str)) or id(value) in seen:
-            return
-        seen.add(id(value))
+            yield key, value, by_function
+        if isinstance(value, (nn.Module, Tensor, type, types.ModuleType, str)) or (id(value), by_function) in seen:
+            continue
+        seen.add((id(value), by_function))
         parts = list(getattr(value, "__dict__", {}).values())
-        if isinstance(value, (types.FunctionType, weakref.ref)):  # what copy.deepcopy does not copy
-            by_function = True
-        if isinstance(value, types.FunctionType):
+        if isinstance(value, types.FunctionType):  # copy.deepcopy leaves functions and weak references as they are
             names = inspect.getclosurevars(value)
             parts += [v for v in names.globals.values() if not isinstance(v, types.FunctionType)]
             parts += [*names.nonlocals.values(), *(value.__defaults__ or ())]
@@ -355,11 +355,5 @@ def _kept_beside(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
             parts += [value.func, value.args, value.keywords]
         elif isinstance(value, (dict, list, tuple, set)):
             parts += value.values() if isinstance(value, dict) else value
-        for part in parts:
-            yield from within(part, by_function)
-
-    if not type(module).__module__.startswith("torch."):  # torch's own classes know how to be copied
-        internal = vars(nn.Module()).keys()
-        for key, value in vars(module).items():
-            if key not in internal:
-                yield from ((key, *found) for found in within(value))
+        by_function = by_function or isinstance(value, (types.FunctionType, weakref.ref))
+        todo += [(key, part, by_function) for part in parts]

@@ -32,10 +32,6 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
-class Own(nn.Sequential):
-    """A class that is not torch's."""
-
-
 def mlp(*between):
     return nn.Sequential(nn.Linear(4, 4), *between, nn.Linear(4, 2))
 
@@ -121,14 +117,15 @@ def test_a_copy_shares_inside_and_nothing_outside():
     assert copy[0].weight is copy[1].weight
     assert copy[1] is copy[2]
     assert not {id(p) for p in model.parameters()} & {id(p) for p in copy.parameters()}
-    for kind in (nn.LSTM(2, 2), nn.MultiheadAttention(2, 1), nn.TransformerEncoderLayer(2, 1, 2)):
-        assert type(copy_model(kind)) is type(kind)
+    traced = torch.fx.symbolic_trace(nn.Sequential(*[nn.ReLU()] * 500))
+    for kind in (traced, nn.LSTM(2, 2), nn.MultiheadAttention(2, 1), nn.TransformerEncoderLayer(2, 1, 2)):
+        assert type(copy_model(kind)).__name__ == type(kind).__name__
     partial = Net(fn=functools.partial(F.relu, inplace=False), plain=lambda x: F.relu(x), method=math.sqrt)
     assert isinstance(copy_model(partial), Net)
 
 
 def closure(model):
-    model.run = lambda x: model[0](x)
+    model.forward = lambda x: model[0](x)
 
 
 def captured(model):
@@ -154,8 +151,8 @@ COPIES = {
         lambda: with_(lambda m: m[0].bias.register_post_accumulate_grad_hook(print)),
         "lose the hook on its bias",
     ),
-    "closure": (lambda: with_(closure, Own(nn.Linear(2, 2))), "'run' is a function that holds a Own"),
-    "closure, deep": (lambda: with_(captured, Own(nn.Linear(2, 2))), "'steps'.*Linear"),
+    "closure": (lambda: with_(closure), "'forward' is a function that holds a Sequential"),
+    "closure, deep": (lambda: with_(captured), "'steps'.*Linear"),
     "global": (lambda: Net(act=lambda x: MODULE(x)), "'act' is a function that holds a ReLU"),
     "default": (lambda: with_(lambda m: setattr(m, "f", lambda x, w=m.w: x), Net(w=nn.Linear(2, 2))), "'f'.*Linear"),
     "weak": (lambda: with_(lambda m: setattr(m, "to", weakref.ref(m.w)), Net(w=nn.Linear(2, 2))), "'to'.*Linear"),

@@ -14,8 +14,7 @@ def factorize(layer: nn.Module, rank: int | Mapping[str, int]) -> nn.Sequential 
     """The best layer of this rank: ``W = U Σ Vᵀ ≈ (U √Σ)(√Σ Vᵀ)``, two thin layers (Eckart & Young 1936).
 
     A linear layer becomes ``Linear(in, rank)`` and ``Linear(rank, out)``; a convolution a convolution to ``rank``
-    channels and a 1×1 convolution after it (Denil et al. 2013; Jaderberg et al. 2014). No weight of that rank has a
-    smaller squared error. The layers compute on their own: train them further as they are.
+    channels and a 1×1 convolution after it (Denil et al. 2013). No weight of that rank has a smaller squared error.
 
     Args:
         layer: an ``nn.Linear`` or ungrouped ``nn.Conv2d``, or a model: a copy of it is returned, then.
@@ -39,9 +38,6 @@ def factorize(layer: nn.Module, rank: int | Mapping[str, int]) -> nn.Sequential 
 
 def rank_for_bytes(layer: nn.Linear | nn.Conv2d, budget: int) -> int:
     """The largest rank whose two thin weights take at most ``budget`` bytes: ``r · (out + in·kh·kw) · bytes each``.
-
-    Raises:
-        ValueError: not even rank 1 fits.
 
     >>> rank_for_bytes(nn.Linear(100, 50), 5000)
     8

@@ -47,9 +47,6 @@ SCOPES = ("global", "layer", "row")
 Score = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def magnitude_score(weight: Tensor) -> Tensor:
     """How far each weight is from zero: ``|w|``, any shape (Han et al. 2015).
 
@@ -77,10 +74,7 @@ def wanda_score(weight: Tensor, inputs: Tensor) -> Tensor:
 
     A small weight on a large input may matter more than a large weight on a small one. The paper ranks within each
     output: ``scope="row"``.
-
-    Args:
-        weight: ``[out, in]`` of a linear layer.
-        inputs: what the layer reads, ``[N, in]`` or ``[..., in]``; the norm is taken over all but the last dimension.
+    ``weight`` is a linear layer's ``[out, in]``, ``inputs`` what it reads, ``[..., in]``, the norm over all but ``in``.
 
     >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
     tensor([[5., 2.]])
@@ -114,17 +108,11 @@ def _columns(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return weight, inputs.flatten(0, -2).to(weight.device)
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
 def threshold_mask(weight: Tensor, alpha: float) -> Tensor:
     """The article's formula (section 3.1): ``M = 1[|W| > α · max|W|]``, ``True`` where the weight stays.
 
     How many weights go depends on the largest one: a single outlier can prune all the others.
-
-    Args:
-        weight: any shape, finite.
-        alpha: threshold as a share of the largest magnitude, in [0, 1). 0 prunes exact zeros alone.
+    ``alpha`` is in [0, 1); 0 prunes exact zeros alone.
 
     >>> threshold_mask(torch.tensor([0.9, -0.8, 0.1, -0.3]), 0.5)
     tensor([ True,  True, False, False])
@@ -138,10 +126,7 @@ def rank_mask(score: Tensor, sparsity: float) -> Tensor:
 
     ``round`` is Python's (a half goes to the even number), as in ``torch.nn.utils.prune``. Of equal scores the one that
     comes first in memory order goes first, so the same input always gives the same mask.
-
-    Args:
-        score: higher is worth more; any shape; infinities are fine, NaN is not.
-        sparsity: share to prune, in [0, 1).
+    ``score`` has any shape, infinities are fine; ``sparsity`` is in [0, 1).
 
     >>> rank_mask(torch.tensor([0.9, 0.8, 0.1, 0.3]), 0.5)
     tensor([ True,  True, False, False])
@@ -162,11 +147,7 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
 
     Sparse tensor cores want 2:4 *along the sum* of the matrix product: dimension 1 of a linear weight ``[out, in]`` or
     of a convolution's ``[out, in, kh, kw]``; a vector has only dimension 0. Of equal scores the first goes first.
-
-    Args:
-        score: ``[out, in, ...]`` or ``[in]``; ``in`` must be a multiple of ``m``.
-        n: how many stay, 1 ≤ n ≤ m.
-        m: length of a group.
+    That dimension must be a multiple of ``m``, and 1 ≤ n ≤ m.
 
     >>> nm_mask(torch.tensor([[0.9, 0.1, 0.4, 0.3]]), 2, 4)
     tensor([[ True, False,  True, False]])
@@ -186,9 +167,6 @@ def _check_groups(score: Tensor, n: int, m: int) -> tuple[Tensor, int]:
         shape = tuple(score.shape)
         raise ValueError(f"{n}:{m} needs an input dimension that is a multiple of {m}, got score of shape {shape}")
     return score, dim
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -241,9 +219,8 @@ def prune_(
         ValueError: a sparsity outside [0, 1), an unknown scope, NaN or infinite weights, NaN scores, a score that is
             missing or of another shape, a model without such weights. The model is as it was.
     """
-    weights = prunable_weights(model)
-    masks = make_masks(weights, sparsity, scope=scope, score=score)
-    apply_masks_(weights, masks)
+    masks = make_masks(prunable_weights(model), sparsity, scope=scope, score=score)
+    apply_masks_(model, masks)
     return masks
 
 
@@ -283,9 +260,6 @@ def _score_of(name: str, weight: Tensor, score: Score | None) -> Tensor:
     return value.to(weight.device).masked_fill(weight == 0, -math.inf)
 
 
-# --- masks through training ------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def apply_masks_(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Set every weight to zero whose mask is ``False``, in place.
@@ -320,9 +294,7 @@ def keep_masks(masks: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> 
 
     An optimiser moves a pruned weight even where its gradient is zero: momentum remembers old gradients. Setting it to
     zero again after every step is what makes zero stay zero.
-
-    Args:
-        masks: those of one model, or a list with those of each of R replicas that are trained in one pass.
+    ``masks`` are those of one model, or a list with those of each of R replicas that are trained in one pass.
     """
     masks = masks if isinstance(masks, Mapping) else stack_masks(masks)
 

@@ -206,6 +206,7 @@ def test_masks_and_indices_say_the_same(keep):
         ("0", [], ValueError, "all 6 neurons of '0' would be removed"),
         ("0", [False] * 6, ValueError, "all 6 neurons"),
         ("0", [True] * 5, ValueError, "each of the 6 neurons, got 5"),
+        ("0", [True], ValueError, "each of the 6 neurons, got 1"),
         ("0", [1, 0, 1, 0, 1, 1], ValueError, "6 given, 2 distinct .*dtype bool"),
         ("0", [0, 6], ValueError, r"outside \[0, 6\): \[6\]"),
         ("0", [-1, 5], ValueError, r"outside \[0, 6\): \[-1\]"),
