@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-__all__ = ["entropy", "log_softmax_with_temperature", "softmax_with_temperature"]
+__all__ = ["entropy", "softmax_with_temperature"]
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim: int = -1) -> Tensor:
@@ -39,22 +39,10 @@ def softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim
     >>> softmax_with_temperature(torch.tensor([2.0, 1.0, 0.0]), 100.0)
     tensor([0.3367, 0.3333, 0.3300])
     """
-    z, T = checked(logits, temperature, dim)
+    T = check_number("temperature", temperature, above_zero=True)
+    z = widen(check_float("logits", logits, dim, "a finite number in each row and no NaN or +inf"))
     z = z - z.detach().amax(dim, keepdim=True)
-    return torch.softmax(z / T, dim).to(logits.dtype)
-
-
-def log_softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim: int = -1) -> Tensor:
-    """Natural logarithm of :func:`softmax_with_temperature`, with its arguments and errors; every entry is at most 0.
-
-    A probability too small for the dtype is 0 there and still a finite number here: losses are computed from this.
-
-    >>> log_softmax_with_temperature(torch.tensor([1e4, 0.0]), 1.0)
-    tensor([     0., -10000.])
-    """
-    z, T = checked(logits, temperature, dim)
-    z = z - z.detach().amax(dim, keepdim=True)
-    return torch.log_softmax(z / T, dim).to(logits.dtype)
+    return torch.softmax(z / at_least_tiny(T, z.dtype), dim).to(logits.dtype)
 
 
 def entropy(probabilities: Tensor, *, dim: int = -1) -> Tensor:
@@ -110,27 +98,23 @@ def check_number(
     return value
 
 
-def checked(logits: Tensor, temperature: float | Tensor, dim: int) -> tuple[Tensor, float | Tensor]:
-    """Logits in float32 at least, and a temperature that does not round to 0 there."""
-    T = check_number("temperature", temperature, above_zero=True)
-    z = widen(check_float("logits", logits, dim))
-    if not readable_truth(z.amax(dim).isfinite().all()):
-        raise ValueError(
-            f"logits must hold a finite number in each row and no NaN or +inf, got shape {tuple(logits.shape)} with "
-            f"{int(z.isnan().sum())} NaN and {int(z.isposinf().sum())} +inf"
-        )
-    smallest = torch.finfo(z.dtype).tiny
-    return z, T.to(z.dtype).clamp_min(smallest) if isinstance(T, Tensor) else max(T, smallest)
-
-
-def check_float(name: str, values: Tensor, dim: int = -1) -> Tensor:
-    """``values`` if they are a floating-point tensor with at least one class along ``dim``."""
+def check_float(name: str, values: Tensor, dim: int = -1, content: str = "") -> Tensor:
+    """``values`` if they are floating point with at least one class along ``dim``, and hold ``content`` if asked."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         given = f"dtype {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{name} must be a floating-point tensor [..., K], got {given}")
     if values.dim() == 0 or values.shape[dim] == 0:
         raise ValueError(f"{name} must have at least one class along dim={dim}, got shape {tuple(values.shape)}")
+    if content and not readable_truth(values.amax(dim).isfinite().all()):
+        found = f"{int(values.isnan().sum())} NaN and {int(values.isposinf().sum())} +inf"
+        raise ValueError(f"{name} must hold {content}, got shape {tuple(values.shape)} with {found}")
     return values
+
+
+def at_least_tiny(T: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A temperature that does not round to 0 in ``dtype``, where 0 / 0 would be NaN."""
+    smallest = torch.finfo(dtype).tiny
+    return T.to(dtype).clamp_min(smallest) if isinstance(T, Tensor) else max(T, smallest)
 
 
 def widen(values: Tensor) -> Tensor:
