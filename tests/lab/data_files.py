@@ -47,6 +47,7 @@ def cifar_files(batch: int = 20, protocol: int = 2, seed: int = 0) -> dict[str, 
         pixels = rng.integers(0, 256, (batch, 3072), dtype=np.uint8)
         content = {"batch_label": name, "labels": [int(i) % 10 for i in rng.permutation(batch)], "data": pixels}
         files[name] = pickle.dumps(content, protocol)
+    files["batches.meta"] = pickle.dumps({"label_names": [str(k) for k in range(10)]}, protocol)
     return files
 
 
