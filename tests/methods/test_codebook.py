@@ -35,6 +35,16 @@ def test_one_round_by_hand():
     assert lloyd(values, 4, 1).tolist() == values.tolist()
 
 
+def test_defaults():
+    weight = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    ours, longer = kmeans_codebook(weight), kmeans_codebook(weight, 4, iterations=51)
+    assert torch.equal(ours.centroids, kmeans_codebook(weight, 4, iterations=50, keep_zeros=True).centroids)
+    assert not torch.equal(ours.centroids, longer.centroids)
+    assert len(ours.centroids) == 16
+    shared = share_weights(nn.Linear(40, 40))
+    assert (shared.centroids.shape, shared.index.unique().numel()) == ((16,), 16)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_sizes_ranges_and_error(bits):
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(bits))

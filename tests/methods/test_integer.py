@@ -10,8 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from course_lib.gate import UnsupportedModel
+from course_lib.methods.codebook import Codebook
+from course_lib.methods.formats import Encoded
 from course_lib.methods.integer import (
+    FixedPoint,
     IntegerLayer,
+    IntegerNetwork,
     fixed_point,
     integer_conv2d,
     integer_layer,
@@ -152,6 +156,19 @@ def test_sums_that_int32_might_not_hold():
     unsigned = QuantParams(scale=0.1, zero_point=100, qmin=0, qmax=255)  # products of up to 155 × 127
     with pytest.raises(ValueError, match="155 × 127"):
         integer_linear(x.to(torch.uint8), unsigned, x, Q, None, Q)
+    unsigned = QuantParams(scale=0.1, zero_point=200, qmin=0, qmax=255)
+    with pytest.raises(ValueError, match="200 × 127"):
+        integer_linear(x.to(torch.uint8), unsigned, x, Q, None, Q)
+    one, bias = QuantParams(1.0, 0, -7, 7), torch.tensor([2**31 - 1, 1 - 2**31], dtype=torch.float64)
+    assert torch.equal(quantize_bias(bias, one, one), bias.int())
+    with pytest.raises(ValueError, match="more than int32 holds"):
+        quantize_bias(bias + 1, one, one)
+
+
+@pytest.mark.parametrize("kind", [QuantParams, Encoded, Codebook, FixedPoint, IntegerLayer, IntegerNetwork])
+def test_records_of_tensors_are_fixed_and_compared_by_identity(kind):
+    assert kind.__dataclass_params__.frozen
+    assert not kind.__dataclass_params__.eq
 
 
 def test_max_pooling_keeps_the_order():
@@ -216,6 +233,7 @@ def test_a_relu_anywhere_and_modules_used_twice(images):
     before = images.clone()
     integers = integer_network(net, images)
     assert torch.equal(images, before)
+    assert integers.steps[1][1].w_q.axis == 0
     with torch.no_grad():
         logits = net.eval()(images.clone())
     assert (integers(images) - logits).abs().max() <= 4 * integers.y_q.scale

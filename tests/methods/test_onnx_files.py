@@ -46,6 +46,7 @@ def test_the_engine_computes_the_same_floats(images, tmp_path):
     model = write_float_onnx(net, tmp_path / "float.onnx", np.array([1, 8, 8]))
     assert kinds(model) == ["Conv", "Relu", "Conv", "MaxPool", "Relu", "Flatten", "Gemm", "Relu", "Gemm"]
     assert onnx.load(tmp_path / "float.onnx") == model
+    assert (model.ir_version, [o.version for o in model.opset_import]) == (8, [17, 1])  # for older engines too
     with torch.no_grad():
         torch.testing.assert_close(run(tmp_path / "float.onnx", images), net(images), rtol=1e-4, atol=1e-4)
     assert [p.name for p in tmp_path.iterdir()] == ["float.onnx"]
@@ -157,6 +158,12 @@ def test_int4_weights_are_our_grid(images, group, skip, accuracy_level, tmp_path
 
 def test_int4_weights_take_half_a_byte(tmp_path):
     net = nn.Sequential(nn.Linear(256, 128))
+    node = write_int4_onnx(net, tmp_path / "int4", (256,)).graph.node[0]
+    attributes = {a.name: a.i for a in node.attribute}
+    assert attributes == {"K": 256, "N": 128, "bits": 4, "block_size": 32, "accuracy_level": 4}
+    for group in (16, 64, 128, 256):
+        write_int4_onnx(net, tmp_path / "other", (256,), group=group)
+        assert torch.isfinite(run(tmp_path / "other", torch.randn(2, 256))).all()
     size = {}
     for name, write in {"float": write_float_onnx, "int4": write_int4_onnx}.items():
         write(net, tmp_path / name, (256,))

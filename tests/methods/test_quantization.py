@@ -168,6 +168,16 @@ def test_integer_types_and_bits_of_a_grid():
         _ = QuantParams(scale=1.0, zero_point=0, qmin=0, qmax=2**40).dtype
 
 
+def test_defaults():
+    x = torch.tensor([-1.0, 2.0])
+    for q in (choose_qparams(x), qparams_from_range(-1.0, 2.0)):
+        assert (q.scale.item(), q.qmin, q.qmax, q.axis, q.group) == (pytest.approx(2 / 127), -127, 127, None, None)
+    for empty in (quantize(torch.ones(0), q), fake_quantize(torch.ones(0), q), floor_quantize(torch.ones(0), 2)):
+        assert empty.shape == (0,)
+    with pytest.raises(ValueError, match="is empty"):
+        signal_to_noise(torch.ones(0), torch.ones(0))
+
+
 def test_floor_is_biased_by_half_a_step_and_round_is_not():
     w = torch.rand(200_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     s = 10

@@ -106,6 +106,19 @@ def test_training_moves_the_weights_and_stays_on_the_grid(images):
     assert torch.equal(model[4].weight, before)
 
 
+def test_defaults(images):
+    layer = fake_quantized(small_net(), activation_bits=8, calibration=images)[0]
+    assert (layer.weight_bits, layer.activation_bits, layer.axis, layer.group) == (8, 8, 0, None)
+    assert fake_quantized(small_net())[0].activation_bits is None
+    q = calibrate(images)
+    assert (q.qmin, q.qmax) == (0, 255)
+    rare = torch.arange(-1000.0, 1001)
+    assert calibrate(rare, method="percentile").scale == calibrate(rare, method="percentile", percentile=99.9).scale
+    assert calibrate(rare, method="percentile").scale.item() == pytest.approx(
+        1996 / 255
+    )  # 2 of 2001 dropped at each end
+
+
 def test_plain_holds_the_quantized_weights(images):
     quantized = fake_quantized(small_net(), weight_bits=3)
     ordinary = plain(quantized)
