@@ -41,7 +41,7 @@ def claims_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
     Raises:
         CourseError: a file that is no notebook, or a damaged claim.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     for path in paths:
         for cell in read_notebook(path)[0]["cells"]:
             for output in cell.get("outputs", ()):
@@ -50,7 +50,11 @@ def claims_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
                     texts = ("id", "sentence", "status", "measured")
                     if not isinstance(claim, dict) or any(not isinstance(claim.get(name), str) for name in texts):
                         raise CourseError(f"{path}: a claim is damaged: {str(claim)[:100]}")
-                    found[claim["id"]] = {**claim, "path": path, "headline": "headline" in cell["metadata"]["tags"]}
+                    found[path, claim["id"]] = {
+                        **claim,
+                        "path": path,
+                        "headline": "headline" in cell["metadata"]["tags"],
+                    }
     return list(found.values())
 
 
@@ -88,36 +92,25 @@ def show_claims(paths: Sequence[Path], notebooks: Path, *, as_json: bool = False
     return 1 if errors or any(claim["status"] == "fails" for claim in claims) else 0
 
 
-def refresh_readme(root: Path, notebooks: Path, *, check: bool = False) -> list[str]:
-    """Put a headline claim for each chapter, and the picture of the cell tagged ``readme-figure``, into README.md.
+def refresh_readme(notebooks: Path, *, check: bool = False) -> list[str]:
+    """Bring the part between two marks of README.md, beside the notebooks, up to date, and say what was not.
 
-    The headline is the first claim whose cell is tagged ``headline``, else the chapter's first.
-
-    Args:
-        check: change nothing.
-
-    Returns:
-        The files that were not up to date, relative to ``root``.
+    It has a claim of each chapter, the first whose cell is tagged ``headline``, else its first, and the picture of the
+    cell tagged ``readme-figure``. ``check`` changes nothing.
 
     Raises:
         CourseError: no place for it in README.md, two such pictures, or a stored claim that is false.
     """
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    place = re.compile(re.escape(START) + r".*?" + re.escape(END), re.DOTALL)
-    if len(place.findall(text)) != 1:
-        raise CourseError(f"README.md needs one place between {START!r} and {END!r}")
-    lessons = find_lessons(notebooks)
-    rows, wanted = ["| chapter | one of its claims | measured |", "|---|---|---|"], {}
-    for chapter in dict.fromkeys(lesson.number[:2] for lesson in lessons):
-        claims = claims_of(lesson.path for lesson in lessons if lesson.number[:2] == chapter)
-        if any(claim["status"] == "fails" for claim in claims):
-            raise CourseError(f"chapter {chapter} is not fit to be shown: a stored claim is false")
-        for claim in sorted(claims, key=lambda claim: not claim["headline"])[:1]:
-            link = claim["path"].relative_to(root.resolve()).as_posix()
-            name = (claim["path"].parent if claim["path"].parent != notebooks else claim["path"]).stem
-            title = name.partition("_")[2].replace("_", " ").capitalize()
-            rows.append(f"| [{chapter} {title}]({link}) | {_cell(claim['sentence'])} | {_cell(claim['measured'])} |")
+    root, lessons = notebooks.resolve().parent, find_lessons(notebooks)
+    rows, wanted, headlines = ["| chapter | one of its claims | measured |", "|---|---|---|"], {}, {}
+    for lesson in lessons:
+        for claim in claims_of([lesson.path]):
+            if claim["status"] == "fails":
+                raise CourseError(f"{lesson.name} is not fit to be shown: its stored claim {claim['id']} is false")
+            link = f"[{lesson.number[:2]} {_chapter(lesson.place)}](notebooks/{lesson.place.as_posix()})"
+            row = f"| {link} | {_cell(claim['sentence'])} | {_cell(claim['measured'])} |"
+            headlines.setdefault(lesson.number[:2], []).append((not claim["headline"], row))
+    rows += [min(claims, key=lambda one: one[0])[1] for claims in headlines.values()]
     pictures = [picture for lesson in lessons for picture in _pictures(lesson.path)]
     if len(pictures) > 1:
         raise CourseError(f"one cell with one picture may be tagged 'readme-figure', got {len(pictures)}")
@@ -125,7 +118,11 @@ def refresh_readme(root: Path, notebooks: Path, *, check: bool = False) -> list[
         wanted[root / PICTURE] = data
         rows[:0] = [f"![{alt}]({PICTURE.as_posix()})", ""]
     made = "\n\n".join([START, "\n".join(rows), END])
-    wanted[readme] = place.sub(lambda _: made, text).encode()
+    text = (root / "README.md").read_text(encoding="utf-8")
+    text, places = re.subn(re.escape(START) + r".*?" + re.escape(END), lambda _: made, text, flags=re.DOTALL)
+    if places != 1:
+        raise CourseError(f"README.md needs one place between {START!r} and {END!r}")
+    wanted[root / "README.md"] = text.encode()
     stale = [path for path, data in wanted.items() if not path.is_file() or path.read_bytes() != data]
     for path in [] if check else stale:
         path.parent.mkdir(exist_ok=True)
@@ -244,6 +241,10 @@ def _row(claim: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _chapter(place: Path) -> str:
+    return place.parts[0].removesuffix(".ipynb").partition("_")[2].replace("_", " ").capitalize()
 
 
 def _pictures(path: Path) -> list[tuple[bytes, str]]:
