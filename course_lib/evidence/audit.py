@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.evidence.statistics import Interval, difference
-from course_lib.gate import eval_mode, whole_number
+from course_lib.gate import eval_mode
 
-__all__ = ["ClassChange", "Exemplars", "churn", "class_changes", "class_recall", "exemplar_control", "find_exemplars"]
+__all__ = ["ClassChange", "Exemplars", "churn", "class_changes", "class_recall", "find_exemplars"]
 __all__ += ["map_agreement", "noise_curve", "occlusion_map"]
 
 
@@ -118,7 +118,8 @@ def find_exemplars(before: Tensor, after: Tensor, labels: Tensor) -> Exemplars:
     """Compression-identified exemplars (Hooker et al. 2019, section 3.2): images whose most frequent answer changed.
 
     Both populations [R, N] answer the same N images with equally many replicas: fewer replicas scatter more and would
-    make more exemplars by themselves. Where answers tie, an image counts only if no answer leads in both.
+    make more exemplars by themselves. Where answers tie, an image counts only if no answer leads in both. Seeds alone
+    make some: count them between two populations that differ in nothing else.
 
     >>> before = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 0, 5]])
     >>> after = torch.tensor([[1, 0, 5], [7, 0, 3], [1, 2, 3]])
@@ -136,29 +137,6 @@ def find_exemplars(before: Tensor, after: Tensor, labels: Tensor) -> Exemplars:
     was, now = (leading.gather(1, labels[0][:, None])[:, 0] for leading in (lead, other))
     kinds = (was & ~now, now & ~was, ~was & ~now)
     return Exemplars(*(order[(parted & kind)[order]] for kind in kinds))
-
-
-def exemplar_control(before: Tensor, after: Tensor, labels: Tensor, *, draws: int = 200, seed: int = 0) -> dict:
-    """How many exemplars of each kind there are, and how many seeds alone would make: equal numbers on both sides.
-
-    Each draw takes a random half of the first population against its other half (``"seeds"``), and against the second
-    population's replicas of that other half (``"compressed"``): the same design with compression added.
-
-    Returns:
-        ``{"seeds": {"broken": mean count, "repaired": ..., "otherwise": ...}, "compressed": {...}}``. Draws share
-        replicas, so that their scatter gives no interval.
-    """
-    (before, after), labels = _checked(labels, before, after)
-    half, generator = len(before) // 2, torch.Generator().manual_seed(seed)
-    counts: dict[str, list] = {"seeds": [], "compressed": []}
-    for _ in range(whole_number(draws, "draws")):
-        order = torch.randperm(len(before), generator=generator)
-        one, two = order[:half], order[half : 2 * half]
-        for name, population in (("seeds", before), ("compressed", after)):
-            found = find_exemplars(before[one], population[two], labels[one])
-            counts[name].append([len(found.broken), len(found.repaired), len(found.otherwise)])
-    kinds = ("broken", "repaired", "otherwise")
-    return {name: dict(zip(kinds, np.mean(rows, axis=0).tolist(), strict=True)) for name, rows in counts.items()}
 
 
 def noise_curve(models: Iterable[nn.Module], split, severities: Sequence[float], *, seed: int = 0) -> np.ndarray:

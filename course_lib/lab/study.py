@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pickle
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib.files import source_hash, write_file
+from course_lib.gate import whole_number
 from course_lib.lab.training import progress_bar
 
 if TYPE_CHECKING:
@@ -59,20 +59,18 @@ class Trial:
     def __post_init__(self):
         if not isinstance(self.method, str) or not self.method:
             raise TypeError(f"method must be a name, got {self.method!r}")
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__") or self.seed < 0:
-            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         options = dict(self.options)
         if taken := [name for name in options if not isinstance(name, str) or name in COLUMNS]:
             raise ValueError(f"an option needs a name other than {', '.join(COLUMNS)}, got {taken[0]!r}")
         object.__setattr__(self, "level", _plain(self.level, "level"))
-        object.__setattr__(self, "seed", operator.index(self.seed))
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", 0))
         object.__setattr__(self, "options", tuple((name, _plain(options[name], name)) for name in sorted(options)))
 
     @property
     def key(self) -> str:
         """A sha256 of the content, the same in every process and on every machine."""
-        content = [self.method, self.level, self.seed, self.options]
-        return hashlib.sha256(json.dumps(_canonical(content)).encode()).hexdigest()
+        content = _canonical([self.method, self.level, self.seed, self.options])
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -> list[Trial]:
@@ -83,17 +81,13 @@ def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -
         seeds: whole numbers, each once.
         options: given to every trial. To vary one, add grids together.
 
-    Raises:
-        TypeError, ValueError: something is empty, double, or of a kind that a trial cannot have.
-
     >>> [(t.method, t.level, t.seed) for t in make_grid({"dense": [None], "int": [8, 4]}, seeds=[0])]
     [('dense', None, 0), ('int', 8, 0), ('int', 4, 0)]
     """
     if not isinstance(levels, Mapping) or any(isinstance(given, str) for given in levels.values()):
         raise TypeError(f"levels must map each method to a list of its levels, got {levels!r}")
-    seeds = list(seeds)
     pairs = [(method, level) for method, given in levels.items() for level in given]
-    return _distinct([Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, seeds)])
+    return _distinct([Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, list(seeds))])
 
 
 def run_study(
@@ -133,12 +127,10 @@ def run_study(
     """
     import pandas
 
-    trials = _distinct(list(grid))
+    trials, workers = _distinct(list(grid)), whole_number(workers, "workers")
     if executor is not None and not isinstance(executor, Executor):
         hint = "; for dask, pass Client(...).get_executor()" if hasattr(executor, "get_executor") else ""
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}{hint}")
-    if isinstance(workers, bool) or not hasattr(workers, "__index__") or workers < 1:
-        raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
     if not name or not all(c.isalnum() or c in "-_" for c in name):
         raise ValueError(f"name must be letters, digits, '-' and '_', got {name!r}")
     if executor is None or isinstance(executor, ProcessPoolExecutor):
@@ -146,26 +138,23 @@ def run_study(
     rows: dict[Trial, dict] = {}
     paths: dict[Trial, Path] = {}
     if folder is not None:
-        salt = _identity(work, version)
-        kept = Path(folder) / name
+        salt, kept = _identity(work, version), Path(folder) / name
         kept.mkdir(parents=True, exist_ok=True)
         paths = {t: kept / f"{hashlib.sha256(f'{t.key} {salt}'.encode()).hexdigest()}.json" for t in trials}
         rows = {trial: row for trial, path in paths.items() if (row := _read(path)) and row["error"] is None}
     with progress_bar(len(trials), progress, "cells") as advance:
 
         def record(trial: Trial, row: dict) -> None:
-            row = json.loads(json.dumps({"trial": str(trial), **row}))
             if trial in paths:
-                write_file(paths[trial], json.dumps({"key": paths[trial].stem, **row}).encode())
+                text = json.dumps({"key": paths[trial].stem, "trial": str(trial), **row})
+                write_file(paths[trial], text.encode())
             rows[trial] = row
             advance()
 
-        _measure([t for t in trials if t not in rows], work, executor, int(workers), record)
-    records = [
-        {"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options), **rows[t]["values"]}
-        | {"error": rows[t]["error"], "seconds": rows[t]["seconds"]}
-        for t in trials
-    ]
+        _measure([t for t in trials if t not in rows], work, executor, workers, record)
+    cells = [{"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options)} for t in trials]
+    ends = [{"error": rows[t]["error"], "seconds": rows[t]["seconds"]} for t in trials]
+    records = [{**cell, **rows[t]["values"], **end} for cell, t, end in zip(cells, trials, ends, strict=True)]
     names = [n for n in dict.fromkeys(itertools.chain(*records)) if n not in COLUMNS]
     return pandas.DataFrame(records, columns=[*COLUMNS[:3], *names, *COLUMNS[3:]])
 
@@ -186,8 +175,7 @@ def _measure(trials: list[Trial], work: Callable, given: Executor | None, worker
                 else:
                     pool.shutdown()
                 pool, broken = None, False
-            if pool is None and not broken:
-                pool = _new_pool(workers)
+            pool = pool or _new_pool(workers)
             # Few at a time, so that few are under suspicion when a worker dies.
             room = 1 if alone else getattr(pool, "_max_workers", 1000)
             while len(flying) < room and (alone or todo) and not broken:
@@ -227,20 +215,19 @@ def _new_pool(workers: int) -> ProcessPoolExecutor:
 def _start() -> None:
     import torch
 
+    torch.set_num_threads(1)
     # Ctrl-C reaches a whole group of processes; what it means here, the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker whose parent was killed would wait for its next cell for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
 
 
 def _cell(work: Callable, trial: Trial, attempt: int) -> dict:
     """One trial's row: its ``values``, or its ``error``, and its ``seconds``."""
     started, values, error = time.perf_counter(), {}, None
     try:
-        values = {name: _plain(value, name) for name, value in work(trial).items()}
-        json.dumps(values)
+        values = json.loads(json.dumps({name: _plain(value, name) for name, value in work(trial).items()}))
         if taken := {*COLUMNS, *dict(trial.options)} & values.keys():
             raise ValueError(f"work returned a value named {taken.pop()!r}, which is a column's name already")
     except (Exception, SystemExit) as problem:
@@ -249,22 +236,17 @@ def _cell(work: Callable, trial: Trial, attempt: int) -> dict:
 
 
 def _distinct(trials: list[Trial]) -> list[Trial]:
-    if not trials:
-        raise ValueError("the grid is empty: there is nothing to run")
-    seen = set()
-    for trial in trials:
-        if not isinstance(trial, Trial):
-            raise TypeError(f"a grid holds trials, got {trial!r}")
-        if trial in seen:
-            raise ValueError(f"the grid holds a cell twice: {trial}")
-        seen.add(trial)
+    strange = [trial for trial in trials if not isinstance(trial, Trial)]
+    if strange or not trials:
+        raise TypeError(f"a grid holds trials, got {strange[0]!r}") if strange else ValueError("the grid is empty")
+    if len(set(trials)) < len(trials):
+        raise ValueError(f"the grid holds a cell twice: {max(trials, key=trials.count)}")
     return trials
 
 
 def _plain(value: object, where: str) -> object:
     """numpy's and torch's numbers as Python's, lists as tuples; anything that a key cannot be made of is refused."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return tuple(_plain(part, where) for part in value)
     if value is None or isinstance(value, (bool, int, float, str)) or (is_dataclass(value) and hash(value)):
@@ -283,9 +265,8 @@ def _canonical(value: object) -> object:
 
 
 def _check_importable(work: Callable) -> None:
-    main = sys.modules["__main__"]
     try:
-        if getattr(work, "__module__", "") == "__main__" and not getattr(main, "__file__", None):
+        if getattr(work, "__module__", "") == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
             raise ValueError("it was written in a notebook or at the prompt")
         pickle.dumps(work)
     except Exception as error:
@@ -299,9 +280,9 @@ def _identity(work: Callable, version: str) -> str:
 
     if not inspect.isfunction(work) or work.__closure__:
         raise ValueError(f"rows that are kept need a plain function that holds no variables, got {work!r}: use options")
-    file = getattr(sys.modules.get(work.__module__), "__file__", None)
-    root = getattr(sys.modules.get(work.__module__.partition(".")[0]), "__file__", None)
-    source = source_hash(root or file) if file else inspect.getsource(work)
+    module, package = (sys.modules.get(n) for n in (work.__module__, work.__module__.partition(".")[0]))
+    file = getattr(package, "__file__", None) or getattr(module, "__file__", None)
+    source = source_hash(file) if file else inspect.getsource(work)
     return json.dumps([work.__module__, work.__qualname__, source, torch.__version__, version])
 
 
@@ -310,5 +291,4 @@ def _read(path: Path) -> dict | None:
         row = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    whole = isinstance(row, dict) and {"values", "error", "seconds"} <= row.keys() and row.get("key") == path.stem
-    return row if whole else None
+    return row if isinstance(row, dict) and row.get("key") == path.stem else None

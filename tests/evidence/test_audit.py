@@ -14,7 +14,6 @@ from course_lib.evidence.audit import (
     churn,
     class_changes,
     class_recall,
-    exemplar_control,
     find_exemplars,
     map_agreement,
     noise_curve,
@@ -148,21 +147,6 @@ def test_a_tie_that_holds_the_others_answer_is_no_exemplar():
         assert len(find_exemplars(a, torch.tensor(other)[:, None], torch.tensor([3]))) == count
 
 
-def test_the_control_has_as_many_seeds_on_both_sides():
-    """Seeds scatter on twelve images, compression breaks ten others for good."""
-    g = torch.Generator().manual_seed(0)
-    before, labels = torch.zeros(10, 100, dtype=torch.int64), torch.zeros(100, dtype=torch.int64)
-    before[:, :12] = torch.randint(2, (10, 12), generator=g)
-    after = before.clone()
-    after[:, 50:60] = 1
-    found = exemplar_control(before, after, labels, draws=100)
-    assert 0 < found["seeds"]["broken"] < 12
-    assert found["compressed"]["broken"] == pytest.approx(found["seeds"]["broken"] + 10)
-    assert found["compressed"]["repaired"] == found["seeds"]["repaired"] > 0
-    assert found == exemplar_control(before, after, labels, draws=100)
-    assert found != exemplar_control(before, after, labels, draws=100, seed=1)
-
-
 ANSWERS = draw(4, 5)
 
 
@@ -186,8 +170,6 @@ def test_bad_answers_are_refused_in_words(function, before, after, labels, text)
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="the same images for all replicas"):
         find_exemplars(ANSWERS, ANSWERS, draw(4, 5, seed=9))
-    with pytest.raises(ValueError, match="draws must be"):
-        exemplar_control(ANSWERS, ANSWERS, ANSWERS[0], draws=0)
     with pytest.raises(ValueError, match="class 0 needs images in at least two replicas"):
         class_changes(ANSWERS[:1], ANSWERS[:1], ANSWERS[0])
 

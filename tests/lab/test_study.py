@@ -69,7 +69,7 @@ def test_cells_that_differ_have_keys_that_differ():
     ("arguments", "message"),
     [
         (("", 1, 0), "method must be a name"),
-        (("m", 1, -1), "seed must be a whole number of at least 0, got -1"),
+        (("m", 1, -1), "seed must be an integer of at least 0, got -1"),
         (("m", 1, True), "seed must be"),
         (("m", 1, 1.5), "seed must be"),
         (("m", {"a": 1}, 0), "level must be a number"),
@@ -198,7 +198,7 @@ class Client:
         ({"grid": []}, "the grid is empty"),
         ({"grid": [("m", 1, 0)]}, "a grid holds trials, got "),
         ({"grid": [Trial("m", 1, 0), Trial("m", 1.0, 0)]}, "holds a cell twice"),
-        ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
+        ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"workers": True}, "workers must be"),
         ({"name": "a/b"}, "name must be letters"),
         ({"name": ""}, "name must be letters"),
