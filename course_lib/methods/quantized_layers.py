@@ -41,6 +41,7 @@ from course_lib.methods.quantization import (
 
 __all__ = [
     "METHODS",
+    "FakeQuant",
     "FakeQuantConv2d",
     "FakeQuantLinear",
     "MadeWeight",
