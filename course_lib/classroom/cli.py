@@ -150,8 +150,15 @@ def _run(options, rest) -> int:
 
 
 def _replicate(options, rest) -> int:
-    seeds = options.seeds.replace(",", " ").split()
-    return reports.replicate(options.notebooks, options.lessons, seeds, _given(options), options.jobs)
+    from course_lib.classroom.runner import run_lessons
+
+    def run(seed: str, folder: Path) -> int:
+        more = {"output": folder, "jobs": options.jobs, "resume": True}
+        return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=seed), **more)
+
+    return reports.replicate(
+        options.notebooks, options.seeds.replace(",", " ").split(), options.dataset or "digits", run
+    )
 
 
 def _claims(options, rest) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,25 +130,25 @@ def refresh_readme(notebooks: Path, *, check: bool = False) -> list[str]:
     return [path.relative_to(root).as_posix() for path in stale]
 
 
-def replicate(notebooks: Path, words: Sequence[str], seeds: Sequence[str], given: dict[str, str], jobs: int) -> int:
+def replicate(notebooks: Path, seeds: Sequence[str], dataset: str, run: Callable[[str, Path], int]) -> int:
     """Run lessons under several seeds, and write into docs/claims.md where each claim held.
 
-    Results go to ``build/replicate/<dataset>-<seed>/`` and are not made twice; what they claim is kept in
-    docs/claims.json, so that another seed or data set adds a column. A claim reworded since counts as not run.
+    Results go to ``build/replicate/<dataset>-<seed>/``; what they claim is kept in docs/claims.json, so that another
+    seed or data set adds a column. A claim reworded since counts as not run.
+
+    Args:
+        run: called with a seed and the folder of its results; returns an exit code.
 
     Returns:
         0; 1 if a lesson did not reach its end (a claim that does not hold is what the table is for); 130 after Ctrl-C.
     """
-    from course_lib.classroom.runner import run_lessons
-
-    root, dataset, code = notebooks.resolve().parent, given.get("dataset", "digits"), 0
+    root, code = notebooks.resolve().parent, 0
     kept = root / "docs" / "claims.json"
     runs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     kept.parent.mkdir(exist_ok=True)
     for seed in seeds:
         folder = root / "build" / "replicate" / f"{dataset}-{seed}"
-        ended = run_lessons(notebooks, words, given={**given, "seed": seed}, output=folder, jobs=jobs, resume=True)
-        if ended > 1:
+        if (ended := run(seed, folder)) > 1:
             return ended
         code |= any(folder.rglob("*-failed.ipynb"))
         lessons = find_lessons(notebooks)

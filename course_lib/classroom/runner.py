@@ -325,7 +325,13 @@ def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
         about["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         about["language_info"] = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
     for position, cell in enumerate(notebook["cells"], start=1):
-        for tool in ("papermill", "execution", "ExecuteTime", *([] if cell["metadata"]["tags"] else ["tags"])):
+        for tool in (
+            "papermill",
+            "execution",
+            "ExecuteTime",
+            "lines_to_next_cell",
+            *([] if cell["metadata"]["tags"] else ["tags"]),
+        ):
             cell["metadata"].pop(tool, None)
         cell["source"] = cell["source"].splitlines(keepends=True)
         for output in list(cell.get("outputs", ())) if store else ():

@@ -1,7 +1,9 @@
-"""The documents say what is there: commands, links, versions."""
+"""The documents say what is there: commands, links, versions; and make installs what they say."""
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,66 +12,55 @@ import yaml
 from packaging.requirements import Requirement
 from rattler import MatchSpec, Version, VersionSpec
 
+from course_lib.classroom.cli import main
+from course_lib.classroom.lessons import find_lessons
+from course_lib.classroom.reports import refresh_readme
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOCKS = {n: (ROOT / f"requirements{n}.lock").read_text(encoding="utf-8").splitlines() for n in ("", "-dev")}
 CONDA_NAMES = {"torch": "pytorch"}
 NOT_FOR_READERS = {"pip", "python", "setuptools"}
+TOOLS = {"pytest", "ruff", "nbval", "hypothesis", "jupytext", "uv", "torchmetrics", "torch-pruning", "distributed"}
 
 
-def locked(name):
+def locked(name, *locks):
     """The locked versions of a package, one for each environment marker."""
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     wanted = re.sub(r"[-_.]+", "-", name).lower()
+    lines = [line for lock in locks or LOCKS for line in LOCKS[lock]]
     return [line.split(" ;")[0].split("==")[1] for line in lines if line.split("==")[0].split("[")[0].lower() == wanted]
-
-
-def conda():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    return environment, {
-        spec.name.normalized: spec
-        for spec in map(MatchSpec, filter(lambda d: isinstance(d, str), environment["dependencies"]))
-    }
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_links_and_make_targets_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
         assert link.startswith("https://") or (ROOT / link).exists(), link
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    used = set(
-        re.findall(
-            r"\bmake ([a-z]+)", re.sub(r"```sh\nmake  ", "", "\n".join(re.findall(r"`[^`]+`|```sh[\s\S]*?```", text)))
-        )
-    )
+    spoken = "\n".join(re.findall(r"`[^`]+`|```sh[\s\S]*?```", text))
+    used = set(re.findall(r"\bmake ([a-z]+)", re.sub(r"```sh\nmake  ", "", spoken)))
     assert used
     assert used <= targets, used - targets
 
 
 def test_python_commands_of_the_readme_exist():
-    from course_lib.classroom.cli import main
-
     commands = set(re.findall(r"-m course_lib (\w+)", README))
     assert {"doctor", "list", "claims"} <= commands
-    for command in commands:
+    for command in commands - {"practice"}:
         assert main([command, "--help"]) == 0
 
 
-def test_the_readme_shows_what_the_stored_chapters_measured():
-    from course_lib.classroom.readme import refresh_readme
-
-    assert refresh_readme(ROOT, ROOT / "notebooks", check=True) == [], "make readme brings it up to date"
-
-
-def test_the_readme_leads_to_every_chapter():
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"(notebooks/{path.name})" in README, path.name
+def test_the_readme_shows_what_the_stored_lessons_measured_and_leads_to_them():
+    assert refresh_readme(ROOT / "notebooks", check=True) == [], "make readme brings it up to date"
+    for chapter in {lesson.place.parts[0] for lesson in find_lessons(ROOT / "notebooks")}:
+        assert f"(notebooks/{chapter}" in README, chapter
 
 
 def test_make_alone_prints_every_target():
     shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ["setup", "course", "test", "lint", "format", "notebooks", "readme", "lab", "bench", "lock", "clean"]:
+    wanted = "setup course lab practice test lint format notebooks readme replicate bench lock clean"
+    for target in wanted.split():
         assert re.search(rf"^  make {target} +\S", shown, re.M), target
 
 
@@ -79,10 +70,16 @@ def test_ci_runs_the_readmes_two_commands():
     assert "set -euo pipefail" in lines
 
 
-def test_the_lock_is_exact_and_names_no_address():
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    assert all(re.match(r"[\w.\[\]-]+==[\w.+!]+( ; .+)?$", line) for line in lines if not line.startswith("#"))
-    assert {"win32", "darwin", "linux"} <= set(re.findall(r"sys_platform == '(\w+)'", "\n".join(lines)))
+def test_the_locks_are_exact_name_no_address_and_share_nothing():
+    for lines in LOCKS.values():
+        assert all(re.match(r"[\w.\[\]-]+==[\w.+!]+( ; .+)?$", line) for line in lines)
+    assert not set(LOCKS[""]) & set(LOCKS["-dev"])
+    assert {"win32", "darwin", "linux"} <= set(re.findall(r"sys_platform == '(\w+)'", "\n".join(LOCKS[""])))
+
+
+def test_a_learner_gets_what_the_lessons_need_and_no_tools():
+    assert not any(locked(name, "") for name in TOOLS)
+    assert all(locked(Requirement(text).name, "") for text in PROJECT["dependencies"])
 
 
 @pytest.mark.parametrize("text", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
@@ -93,36 +90,73 @@ def test_every_requirement_is_locked_within_its_range(text):
 
 
 def test_environment_yml_agrees_with_pyproject_and_lock():
-    environment, specs = conda()
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    environment = yaml.safe_load(text)
     assert environment["channels"] == ["conda-forge"]
-    needed = {
-        CONDA_NAMES.get(Requirement(text).name, Requirement(text).name): Requirement(text)
-        for text in PROJECT["dependencies"]
-    }
-    assert set(needed) <= set(specs)
-    assert set(specs) - set(needed) == NOT_FOR_READERS
+    asked = map(MatchSpec, (line for line in environment["dependencies"] if isinstance(line, str)))
+    specs = {spec.name.normalized: spec for spec in asked}
+    needed = {CONDA_NAMES.get(r.name, r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+    assert set(specs) == set(needed) | NOT_FOR_READERS
     for name, requirement in needed.items():
-        for version in locked(requirement.name):
-            assert VersionSpec(specs[name].version).matches(Version(version)), (
-                f"{name}: {specs[name].version} against the lock's {version}"
-            )
-        lower = [s.version for s in requirement.specifier if s.operator in (">=", "==")]
-        assert lower, text_of(requirement)
-        assert VersionSpec(specs[name].version).matches(Version(lower[0])), f"{name}: pyproject allows {lower[0]}"
+        least = [s.version for s in requirement.specifier if s.operator in (">=", "==")]
+        assert least, f"{requirement} has no lower bound"
+        for version in [*locked(requirement.name), least[0]]:
+            assert VersionSpec(specs[name].version).matches(Version(version)), f"{name}: {version}"
     least = PROJECT["requires-python"].removeprefix(">=")
     assert VersionSpec(specs["python"].version).matches(Version(least))
     assert not VersionSpec(specs["python"].version).matches(Version("3.10"))
+    entries = [line for line in text.splitlines() if line.lstrip().startswith("- ") and line.strip() != "- pip:"]
+    assert all(re.search(r"  # \w", line) for line in entries), "every line says why it is there"
 
 
-def text_of(requirement):
-    return f"{requirement} has no lower bound"
+@pytest.fixture
+def make(tmp_path):
+    """``make`` with an environment whose Python only writes down what it is told: (run, what was told)."""
+    program, told = tmp_path / "v" / "bin" / "python", tmp_path / "told"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\necho "$*" >> "{told}"\ncase "$*" in *"$REFUSE"*) exit 1;; esac\n')
+    program.chmod(0o755)
+
+    def run(*arguments, refuse="nothing at all"):
+        told.write_text("")
+        env = {n: v for n, v in os.environ.items() if not n.startswith("MAKE")} | {"REFUSE": refuse}
+        command = ["make", "-s", f"VENV={tmp_path / 'v'}", f"PYTHON={program}", *arguments]
+        code = subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
+        return code, [line for line in told.read_text().splitlines() if "pip install" in line or "course_lib" in line]
+
+    return run
 
 
-def test_every_line_of_environment_yml_says_why_it_is_there():
-    lines = (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()
-    entries = [line for line in lines if line.lstrip().startswith("- ") and line.strip() != "- pip:"]
-    assert len(entries) > 20
-    assert all(re.search(r"  # \w", line) for line in entries)
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for Python")
+def test_make_installs_the_learners_lock_and_the_tools_on_top(make, tmp_path):
+    assert make("setup", refuse="requirements.lock")[0] != 0
+    assert not (tmp_path / "v" / "installed.lock").exists()
+    code, told = make("course", "CHAPTERS=02 05.1", "SEED=3")
+    assert code == 0
+    assert [line.split()[-1] for line in told[:2]] == ["requirements.lock", "."]
+    assert told[2] == "-m course_lib run 02 05.1 --dataset digits --profile quick --seed 3 --jobs 1"
+    assert make("replicate", "SEEDS=1 2", "DATASET=mnist")[1] == [
+        "-m course_lib replicate --seeds 1 2 --dataset mnist --profile quick --jobs 1"
+    ]
+    code, told = make("lint")
+    assert (code, [line.split()[-1] for line in told]) == (0, ["requirements-dev.lock"])
+    assert make("lint", "setup") == (0, [])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for Python")
+def test_make_takes_torch_from_the_index_that_is_named(make, tmp_path):
+    code, told = make("setup", "TORCH_INDEX=https://example.org/cpu")
+    assert code == 0
+    assert "--no-deps -r" in told[0]
+    assert "--index-url https://example.org/cpu -r" in told[1]
+    torch, rest = ((tmp_path / "v" / name).read_text().splitlines() for name in ("torch.lock", "rest.lock"))
+    assert [line.partition("==")[0] for line in torch] == ["torch", "torchvision"]
+    assert set(torch) | set(rest) <= set(LOCKS[""])
+    left = {line.partition("==")[0] for line in set(LOCKS[""]) - set(torch) - set(rest)}
+    assert {"triton", "nvidia-cublas", "cuda-toolkit"} <= left
+    assert all(name == "triton" or name.startswith(("nvidia-", "cuda-")) for name in left)
+    assert make("setup") == (0, [])
+    assert [line.split()[-1] for line in make("lint")[1]] == ["requirements-dev.lock"]
 
 
 def test_a_warm_setup_takes_under_a_second():
@@ -133,3 +167,4 @@ def test_a_warm_setup_takes_under_a_second():
     started = time.perf_counter()
     subprocess.run(["make", "-s", "setup"], cwd=ROOT, check=True)
     assert time.perf_counter() - started < 1.0
+    assert sys.version_info >= (3, 11)
