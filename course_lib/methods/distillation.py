@@ -124,7 +124,7 @@ def decoupled_kd_loss(
     weight for good. Cross-entropy is not part of it: add it with the weight you want.
 
     Args:
-        student_logits, teacher_logits, labels, temperature: as in :func:`kd_loss`, K ≥ 2.
+        student_logits, teacher_logits, labels, temperature: as in :func:`kd_loss`.
         alpha: weight of the target-class term, at least 0 (1 in the paper).
         beta: weight of the non-target-class term, at least 0 (2, 6 or 8 by pair of networks in the official code).
 
@@ -137,7 +137,7 @@ def decoupled_kd_loss(
     >>> decoupled_kd_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=0.0)
     tensor(0.1661)
     """
-    student, teacher, T = checked(student_logits, teacher_logits, temperature, least=2)
+    student, teacher, T = checked(student_logits, teacher_logits, temperature)
     check_labels(labels, student, in_range=True)
     right_p, wrong_p = decouple(torch.log_softmax(teacher / T, dim=-1), labels)
     right_q, wrong_q = decouple(torch.log_softmax(student / T, dim=-1), labels)
@@ -289,16 +289,14 @@ def _answers(model: nn.Module, batches: Sequence[Tensor], layer: str | None) -> 
             return torch.cat([(model(batch), seen[layer])[1] for batch in batches])
 
 
-def checked(
-    student: Tensor, teacher: Tensor, temperature: float | Tensor, least: int = 1
-) -> tuple[Tensor, Tensor, float | Tensor]:
+def checked(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
     """Logits of one shape, in float32 at least, the teacher's without a gradient; and a temperature above 0."""
     check_float("student_logits", student)
     check_float("teacher_logits", teacher)
-    if student.shape != teacher.shape or student.numel() == 0 or student.shape[-1] < least:
+    if student.shape != teacher.shape or student.numel() == 0:
         raise ValueError(
-            f"student_logits and teacher_logits must have the same shape [..., K], K >= {least}, and not be an empty "
-            f"batch; got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            "student_logits and teacher_logits must have the same shape [..., K] and not be an empty batch, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if teacher.requires_grad:
         raise ValueError(

@@ -91,6 +91,7 @@ def test_lengths_are_limited_for_files():
     assert max(code_lengths(counts)) == 29  # Fibonacci's numbers make the longest words
     assert limited_lengths(counts[:16]) == code_lengths(counts[:16])  # 15 bits still fit
     assert max(code_lengths(counts[:17])) == LONGEST + 1 > max(limited_lengths(counts[:17]))
+    assert max(limited_lengths([2**k for k in range(40)])) == LONGEST
     limited = limited_lengths(counts)
     assert max(limited) <= LONGEST
     assert sum(Fraction(1, 2**n) for n in limited) == 1
