@@ -119,7 +119,7 @@ def test_a_copy_shares_inside_and_nothing_outside():
     assert not {id(p) for p in model.parameters()} & {id(p) for p in copy.parameters()}
     traced = torch.fx.symbolic_trace(nn.Sequential(*[nn.ReLU()] * 500))
     for kind in (traced, nn.LSTM(2, 2), nn.MultiheadAttention(2, 1), nn.TransformerEncoderLayer(2, 1, 2)):
-        assert type(copy_model(kind)).__name__ == type(kind).__name__
+        assert copy_model(kind).state_dict().keys() == kind.state_dict().keys()
     partial = Net(fn=functools.partial(F.relu, inplace=False), plain=lambda x: F.relu(x), method=math.sqrt)
     assert isinstance(copy_model(partial), Net)
 
