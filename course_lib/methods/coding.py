@@ -340,7 +340,8 @@ def pack_bits(numbers: np.ndarray, bits: int) -> bytes:
 def encode_integers(values: np.ndarray, huffman: bool) -> bytes:
     """Float32 patterns as integers times scales, one for so many weights in a row; as they are if they are no such."""
     raw = bytes([RAW]) + values.tobytes()
-    for group in dict.fromkeys((values.size, values.shape[1], SCALE_GROUP)):
+    divisor = max(g for g in range(1, SCALE_GROUP + 1) if values.shape[1] % g == 0)  # rows of 300 have groups of 30
+    for group in dict.fromkeys((values.size, values.shape[1], SCALE_GROUP, divisor)):
         grid = find_grid(values.view("<f4").reshape(-1, group)) if values.size % group == 0 else None
         if grid is not None:
             scales, levels = grid

@@ -159,6 +159,13 @@ def test_quantized_weights_are_their_integers_and_scales(path, bits, per, size):
     assert sized(values, path, name) < bits * 4800 / 8 + scales + 25
 
 
+@pytest.mark.parametrize(("columns", "group"), [(300, 30), (25, 25), (62, 31)])
+def test_groups_that_divide_a_row_are_found_where_32_does_not(path, columns, group):
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
+    values = fake_quantize(weight, choose_qparams(weight, 4, group=group))
+    assert sized(values, path, "integers") < weight.numel() / 2 + 4 * weight.numel() / group + 40
+
+
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -0.0, 0.123])
 def test_one_value_off_the_grid_is_enough_to_refuse_it(odd):
     weight = np.float32([[1.0, -2.0, 3.0], [7.0, -7.0, 1.0], [0.0, 0.0, 0.0], [-128.0, 127.0, 5.0]])
