@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
-from course_lib.classroom import lessons, reports
-from course_lib.classroom.lessons import CourseError
+from course_lib.classroom import reports
+from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_folder
 
 __all__ = ["main"]
 
@@ -73,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, action: Callable, help: str, **more) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
         made.set_defaults(action=action)
-        made.add_argument(
-            "--notebooks", type=Path, metavar="DIR", default=lessons.notebooks_folder(), help="the lessons"
-        )
+        made.add_argument("--notebooks", type=Path, metavar="DIR", default=notebooks_folder(), help="the lessons")
         return made
 
     listing = command("list", _list, "the lessons: article sections, reading and run time")
@@ -95,13 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--store", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
     run.add_argument("--timeout", type=int, default=3600, metavar="S", help="seconds for a cell (3600; 0: no limit)")
     again.add_argument("--seeds", default="0 1 2 3 4", help="one run each (default: %(default)s)")
-    claims = command("claims", _claims, "every claim and what was measured; exit code 1 if one is false")
-    claims.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="notebooks, folders (default: the newest run)"
+    claims = command(
+        "claims",
+        _elsewhere("reports", "show_claims", "paths", "notebooks", "as_json"),
+        "every claim and what was measured; exit code 1 if one is false",
     )
-    claims.add_argument("--json", action="store_true", help="as JSON")
-    command("practice", _practice, "the practice notebooks: generate, grade", add_help=False)
-    doctor = command("doctor", _doctor, "check this installation and say how to mend it")
+    claims.add_argument("paths", nargs="*", type=Path, help="notebooks, folders (default: the newest run)")
+    claims.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
+    command("practice", _elsewhere("practice", "main"), "the practice notebooks: generate, grade", add_help=False)
+    doctor = command(
+        "doctor", _elsewhere("doctor", "examine", "fast"), "check this installation and say how to mend it"
+    )
     doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel and reading data sets")
     command("bench", _bench, "batched training and kd_loss against the usual ways, side by side")
     readme = command("readme", _readme, "put a picture and a claim of each chapter into README.md")
@@ -110,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options, rest) -> int:
-    found = lessons.find_lessons(options.notebooks)
+    found = find_lessons(options.notebooks)
     if options.paths:
         print("\n".join(reports.shown_path(lesson.path) for lesson in found))
         return 0
@@ -118,11 +121,10 @@ def _list(options, rest) -> int:
     for lesson in found:
         try:
             lesson = lesson.read()
+            told = (lesson.title, ", ".join(lesson.sections), lesson.minutes, lesson.seconds)
         except CourseError as error:
-            rows.append((lesson.number, f"not readable: {error}", "-", "-", "-"))
-            continue
-        times = ["-" if value is None else str(value) for value in (lesson.minutes, lesson.seconds)]
-        rows.append((lesson.number, lesson.title, ", ".join(lesson.sections) or "-", *times))
+            told = (f"not readable: {error}", "", "", "")
+        rows.append((lesson.number, *("-" if text in (None, "") else str(text) for text in told)))
     reports.show_table(("lesson", "title", "article sections", "reading min", "run s"), rows)
     return 0
 
@@ -142,11 +144,8 @@ def _given(options, **more: str | None) -> dict[str, str]:
 def _run(options, rest) -> int:
     from course_lib.classroom.runner import run_lessons
 
-    names = ("output", "jobs", "timeout", "resume", "store")
-    given = _given(options, seed=options.seed)
-    return run_lessons(
-        options.notebooks, options.lessons, given=given, **{name: getattr(options, name) for name in names}
-    )
+    more = {name: getattr(options, name) for name in ("output", "jobs", "timeout", "resume", "store")}
+    return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=options.seed), **more)
 
 
 def _replicate(options, rest) -> int:
@@ -156,13 +155,8 @@ def _replicate(options, rest) -> int:
         more = {"output": folder, "jobs": options.jobs, "resume": True}
         return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=seed), **more)
 
-    return reports.replicate(
-        options.notebooks, options.seeds.replace(",", " ").split(), options.dataset or "digits", run
-    )
-
-
-def _claims(options, rest) -> int:
-    return reports.show_claims(options.paths, options.notebooks, as_json=options.json)
+    seeds = options.seeds.replace(",", " ").split()
+    return reports.replicate(options.notebooks, seeds, options.dataset or "digits", run)
 
 
 def _readme(options, rest) -> int:
@@ -172,16 +166,14 @@ def _readme(options, rest) -> int:
     return 1 if stale and options.check else 0
 
 
-def _practice(options, rest) -> int:
-    from course_lib.classroom.practice import main as practice
+def _elsewhere(module: str, function: str, *names: str) -> Callable:
+    """A command that lives in another module of the classroom, imported when it is asked for."""
 
-    return practice(rest)
+    def action(options, rest) -> int:
+        found = getattr(import_module(f"course_lib.classroom.{module}"), function)
+        return found(**{name: getattr(options, name) for name in names}) if names else found(rest)
 
-
-def _doctor(options, rest) -> int:
-    from course_lib.classroom.doctor import examine
-
-    return examine(fast=options.fast)
+    return action
 
 
 def _bench(options, rest) -> int:

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -35,12 +36,12 @@ def examine(*, fast: bool = False) -> int:
     Args:
         fast: leave out what takes seconds: starting a kernel, reading the data sets that are there.
     """
+    warnings.simplefilter("ignore")  # of the tools about themselves, such as a home that cannot be written
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
     checks = [_python, _packages, _processor, _data_unread if fast else _data, _places, _onnxruntime, _jupyter]
     for check in checks if fast else [*checks, _kernel]:
         try:
-            found = check()
-            for status, name, told, mend in found:
+            for status, name, told, mend in check():
                 counts[status] += 1
                 print(
                     f"{status:5} {name:12} {' '.join(told.split())}" + f"\n{'':18} -> {mend}" * bool(mend), flush=True

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,8 @@ def show_claims(paths: Sequence[Path], notebooks: Path, *, as_json: bool = False
         1 if a claim is false or a lesson did not run to its end, else 0.
     """
     runs = [p for p in (notebooks.resolve().parent / "build" / "course").glob("*") if any(p.rglob("*.ipynb"))]
-    paths = paths or [
-        max(runs, key=lambda run: max(p.stat().st_mtime for p in run.rglob("*.ipynb")), default=notebooks)
-    ]
+    newest = max(runs, key=lambda run: max(p.stat().st_mtime for p in run.rglob("*.ipynb")), default=notebooks)
+    paths = paths or [newest]
     files = [f for path in paths for f in (_executed(path) if path.is_dir() else [path])]
     claims = claims_of(files)
     errors = [f"{shown_path(file)} did not run to its end" for file in files if file.stem.endswith("-failed")]
@@ -229,7 +229,10 @@ def shown_path(path: Path) -> str:
 
 def _executed(folder: Path) -> list[Path]:
     """The lessons in a folder, and those that failed."""
-    return [*(lesson.path for lesson in find_lessons(folder)), *sorted(folder.rglob("*-failed.ipynb"))]
+    failed = sorted(folder.rglob("*-failed.ipynb"))
+    with suppress(CourseError) if failed else nullcontext():
+        return [*(lesson.path for lesson in find_lessons(folder)), *failed]
+    return failed
 
 
 def _row(claim: dict[str, Any]) -> tuple[str, str, str, str]:

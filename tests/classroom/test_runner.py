@@ -192,7 +192,7 @@ def test_mistakes_are_one_sentence_before_a_kernel_starts(notebooks, arguments, 
     code, _, errors = course("run", "01", *arguments, "--notebooks", notebooks)
     assert code == 2
     assert errors.startswith("error: ")
-    assert text in errors
+    assert text.lower() in errors.lower()
     assert errors.count("\n") == 1
     assert sorted(notebooks.parent.rglob("*")) == before
 
