@@ -9,6 +9,7 @@ from course_lib.evidence.claims import Claim, Ledger
 from course_lib.evidence.plots import use_style
 from course_lib.evidence.statistics import Verdict
 from course_lib.evidence.tables import COVERS
+from course_lib.lab import predictions
 from course_lib.lab.data import DATASETS, DataError, Split, load_replicas
 from course_lib.lab.training import use_threads
 
@@ -76,6 +77,14 @@ class Lesson:
     def claim(self, id: str, sentence: str, holds: Verdict | bool, **options) -> Claim:
         """Record a claim and show it: see :meth:`course_lib.evidence.claims.Ledger.claim`."""
         return self.ledger.claim(id, sentence, holds, **options)
+
+    def predict(self, question: str, options: str = "abc") -> None:
+        """Ask the reader for an answer and a confidence; optional, and silent where no person is."""
+        predictions.ask(question, options)
+
+    def own_calibration(self) -> None:
+        """Show how well the reader's own predictions were calibrated."""
+        predictions.own_calibration()
 
     def __str__(self) -> str:
         train, test = self.data.train.images_each, self.data.test

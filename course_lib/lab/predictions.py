@@ -1,0 +1,93 @@
+"""The reader's own forecasts: an answer and a confidence under a *Predict first*, and how well they were calibrated.
+
+Nothing waits for them: without a person at the keyboard no box is shown, and a lesson goes on without an answer.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from course_lib.files import cache_folder, write_file
+
+__all__ = ["ANSWERS", "ask", "brier", "keep", "kept", "own_calibration"]
+
+ANSWERS: dict[str, str] = {}
+"""Question -> the option that was measured; a test holds it against the lessons' folded answers."""
+
+FEWEST = 5
+
+
+def _file() -> Path:
+    return cache_folder("predictions") / "mine.json"
+
+
+def kept() -> dict[str, tuple[str, float]]:
+    """What the reader has answered so far: question -> (option, confidence in [0, 1])."""
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+        return {q: (str(option), float(confidence)) for q, (option, confidence) in found.items() if q in ANSWERS}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # nothing there, or nothing to be read: the reader starts anew
+
+
+def keep(question: str, option: str, confidence: float) -> None:
+    """Remember an answer; the last one to a question counts."""
+    _file().parent.mkdir(parents=True, exist_ok=True)
+    write_file(_file(), json.dumps({**kept(), question: (option, float(confidence))}).encode())
+
+
+def ask(question: str, options: str = "abc") -> None:
+    """Show a box for an answer and a confidence, if a person is there to fill it in.
+
+    Raises:
+        KeyError: a question that :data:`ANSWERS` does not hold.
+    """
+    ANSWERS[question]
+    if os.environ.get("CI") or os.environ.get("COURSE_UNATTENDED"):
+        return
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    option = widgets.ToggleButtons(options=list(options), style={"button_width": "3em"})
+    chance = round(100 / len(options))
+    sure = widgets.IntSlider(value=max(50, chance), min=chance, max=100, step=5, description="sure (%)")
+    button, said = widgets.Button(description="keep"), widgets.Label("an answer is optional")
+
+    def clicked(_) -> None:
+        keep(question, option.value, sure.value / 100)
+        said.value = f"kept: {option.value}, {sure.value} % sure"
+
+    button.on_click(clicked)
+    display(widgets.HBox([option, sure, button, said]))
+
+
+def brier(forecasts: dict[str, tuple[str, float]]) -> float:
+    """Mean squared distance between confidence and truth (1 if the option was right, else 0), in [0, 1]."""
+    return float(np.mean([(sure - (ANSWERS[q] == option)) ** 2 for q, (option, sure) in forecasts.items()]))
+
+
+def own_calibration() -> None:
+    """Draw the reader's reliability diagram and print the Brier score, once there are enough answers."""
+    mine = kept()
+    if len(mine) < FEWEST:
+        print(f"{len(mine)} of {len(ANSWERS)} predictions kept so far; the diagram needs {FEWEST}.")
+        return
+    import matplotlib.pyplot as plt
+
+    from course_lib.evidence.plots import COLORS, show
+
+    sure = np.array([confidence for _, confidence in mine.values()])
+    right = np.array([ANSWERS[q] == option for q, (option, _) in mine.items()])
+    figure, ax = plt.subplots(figsize=(4.8, 3.8))
+    for low, high in zip(np.arange(0, 1, 0.2), np.arange(0.2, 1.2, 0.2), strict=True):
+        inside = (sure > low + 1e-9) & (sure <= high + 1e-9)
+        if inside.any():
+            ax.bar((low + high) / 2, right[inside].mean(), 0.18, color=COLORS["sky"])
+            ax.plot(sure[inside].mean(), right[inside].mean(), "o", color=COLORS["blue"])
+            ax.text((low + high) / 2, 0.02, f"{inside.sum()}", ha="center")
+    ax.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="how sure you were", ylabel="share that was right", title="You")
+    show(figure, alt="Your own reliability diagram: the share of right answers for each range of confidence.")
+    print(f"{len(mine)} predictions, {right.mean():.0%} right at {sure.mean():.0%} sure; Brier score {brier(mine):.2f}")
