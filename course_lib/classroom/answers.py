@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["Result", "Task", "judge", "with_gradient"]
 
@@ -88,11 +88,12 @@ class _NotYet(Exception):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one call gave: a value, or the error; and the names of arguments that it changed."""
+    """What one call gave: a value, or the error; the arguments that it changed; None or Ellipsis as text."""
 
-    value: Any = None
-    error: BaseException | None = None
-    changed: tuple[str, ...] = ()
+    value: Any
+    error: BaseException | None
+    changed: tuple[str, ...]
+    blank: str
 
 
 def judge(task: Task, function: Callable, seed: int | None = None) -> Result:
@@ -107,7 +108,8 @@ def judge(task: Task, function: Callable, seed: int | None = None) -> Result:
         try:
             passed, text = task.judged(function) if task.judged else _judge(task, function, np.random.default_rng(seed))
         except (_NotYet, NotImplementedError) as blank:
-            passed, text = False, f"not yet. {blank or 'It is a blank'}; {task.expects} is expected."
+            passed, text = False, f"not yet. {f'{blank}; ' if str(blank) else ''}{task.expects} is expected."
+            text = text[:9] + text[9].upper() + text[10:]
         except Exception as error:
             passed, text = False, f"it raised {_error(error)}."
     if printed.getvalue() and not passed:
@@ -119,8 +121,9 @@ def _judge(task: Task, function: Callable, rng: np.random.Generator) -> tuple[bo
     if not callable(function):
         return False, f"give the function itself, without calling it: check({task.name!r}, {task.name})."
     cases = list(task.cases(rng))
-    right = [_call(task, task.answer, case) for case in cases]
-    given = [_call(task, function, case, blank=None if i else right[0]) for i, case in enumerate(cases)]
+    right, given = ([_call(task, one, case) for case in cases] for one in (task.answer, function))
+    if all(outcome.blank for outcome in given):
+        raise _NotYet(f"It returned {given[0].blank}")
     gaps = [_gap(task, *pair) for pair in zip(given, right, cases, strict=True)]
     first = next((i for i, gap in enumerate(gaps) if gap), None)
     if first is None:
@@ -137,36 +140,28 @@ def _judge(task: Task, function: Callable, rng: np.random.Generator) -> tuple[bo
     return False, f"{before}at {where} {gap}.{changed}"
 
 
-def _call(task: Task, function: Callable, case: tuple, blank: _Outcome | None = None) -> _Outcome:
-    """One call on copies. ``blank``: the right outcome, where an untouched blank is to be told from a wrong answer."""
-    arguments = copy.deepcopy(case)
+def _call(task: Task, function: Callable, case: tuple) -> _Outcome:
+    """One call on copies of the arguments."""
+    arguments, returned = copy.deepcopy(case), []
 
     def noted(*given):
-        value = function(*given)
-        if value is Ellipsis or (value is None and blank is not None):
-            raise _NotYet(f"It returned {'...' if value is Ellipsis else value}")
-        return value
+        returned.append(function(*given))
+        return returned[-1]
 
     try:
-        value = task.observe(noted, *arguments) if task.observe else noted(*arguments)
-        outcome = _Outcome(value)
-    except (_NotYet, NotImplementedError):
+        value, error = task.observe(noted, *arguments) if task.observe else noted(*arguments), None
+    except NotImplementedError:
         raise
-    except RuntimeError as error:
+    except (Exception, SystemExit) as raised:
         # Strides are not the subject: what needs them plain gets them plain.
-        plain = _contiguous(case)
-        if "view size" not in str(error) or plain is case:
-            return _Outcome(error=error)
-        return _call(task, function, plain, blank)
-    except (Exception, SystemExit) as error:
-        return _Outcome(error=error)
+        plain = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case)
+        if "view size" in str(raised) and any(a is not b for a, b in zip(plain, case, strict=True)):
+            return _call(task, function, plain)
+        value, error = None, raised
+    blank = str(returned[0]) if returned and (returned[0] is None or returned[0] is Ellipsis) else ""
     names = zip(inspect.signature(task.answer).parameters, case, arguments, strict=False)
-    return _Outcome(outcome.value, None, tuple(name for name, was, now in names if not _unchanged(was, now)))
-
-
-def _contiguous(case: tuple) -> tuple:
-    plain = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in case)
-    return plain if any(a is not b for a, b in zip(plain, case, strict=True)) else case
+    changed = () if error else tuple(name for name, was, now in names if not _unchanged(was, now))
+    return _Outcome(value, error, changed, blank)
 
 
 def with_gradient(function: Callable, x: Tensor, *rest: Any, also: Sequence[int] = ()) -> dict[str, Any]:
@@ -175,9 +170,13 @@ def with_gradient(function: Callable, x: Tensor, *rest: Any, also: Sequence[int]
     >>> with_gradient(lambda x: (x**2).sum(), torch.tensor([3.0]))
     {'value': tensor(9.), 'gradient': tensor([6.])}
     """
-    leaves = [x.detach().clone().requires_grad_(), *(rest[i].detach().clone().requires_grad_() for i in also)]
-    rest = [leaves[1 + list(also).index(i)] if i in also else value for i, value in enumerate(rest)]
-    value = function(leaves[0], *rest)
+    watched = [x, *(rest[i] for i in also)]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in watched]
+    inputs = [leaf.clone() for leaf in leaves]  # like logits, which may be changed in place
+    rest = [inputs[1 + list(also).index(i)] if i in also else value for i, value in enumerate(rest)]
+    value = function(inputs[0], *rest)
+    for tensor, now in zip(watched, inputs, strict=True):
+        tensor.copy_(now.detach())
     slopes = [torch.zeros_like(leaf) for leaf in leaves]
     if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
         upstream = torch.arange(1, value.numel() + 1, dtype=value.dtype).view(value.shape)
@@ -223,16 +222,16 @@ def _difference(got: Any, want: Any, tolerance: float) -> str:
         return next((f"in item {i} {gap}" for i, gap in enumerate(gaps, 1) if gap), "")
     if want is None or isinstance(want, str):
         return "" if type(got) is type(want) and got == want else f"yours is {_shown(got)}, expected {_shown(want)}"
-    got, want = _tensor(got, want), _tensor(want, want)
+    returned, got, want = got, _tensor(got, want), _tensor(want, want)
     if got is None or _family(got) != _family(want) or got.shape != want.shape:
-        return f"you return {_kind(got)}, expected {_kind(want)}"
+        return f"you return {_kind(returned)}, expected {_kind(want)}"
     if want.dtype is torch.bool and want.dim() and got.sum() != want.sum():
         return f"yours keeps {int(got.sum())} of {got.numel()}, expected {int(want.sum())}"
     a, b = got.detach().double().cpu(), want.detach().double()
     if bool(a.isnan().any()) and not bool(b.isnan().any()):
         return "yours is NaN" if a.dim() == 0 else f"yours has {int(a.isnan().sum())} NaN of {a.numel()}"
     finite = b[b.isfinite()]
-    slack = tolerance * float(finite.abs().max()) if finite.numel() and _family(want) == "float" else 0.0
+    slack = 1e-6 + tolerance * float(finite.abs().max()) if finite.numel() and _family(want) == "float" else 0.0
     off = ~((a == b) | ((a - b).abs() <= slack) | (a.isnan() & b.isnan()))
     if not bool(off.any()):
         return ""
@@ -283,7 +282,7 @@ def _unchanged(was: Any, now: Any) -> bool:
         return was.keys() == now.keys() and all(_unchanged(was[key], now[key]) for key in was)
     if isinstance(was, (tuple, list)):
         return len(was) == len(now) and all(map(_unchanged, was, now))
-    return isinstance(was, nn.Module) or callable(was) or was == now
+    return callable(was) or was == now
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -310,7 +309,7 @@ def _shown(value: Any) -> str:
         return "[" + ", ".join(map(_shown, value)) + "]"
     if isinstance(value, float):
         return f"{value:.4g}".replace("-", "−")
-    return str(value).replace("-", "−") if isinstance(value, int) else repr(value)
+    return str(value).replace("-", "−") if isinstance(value, int) else repr(value)[:60]
 
 
 def _kind(value: Any) -> str:
@@ -318,10 +317,10 @@ def _kind(value: Any) -> str:
         value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
-        return f"a {name} tensor of shape {list(value.shape)}" if value.dim() else f"a single {name}"
+        return f"a {name} tensor of shape {list(value.shape)}" if value.dim() else _shown(value.item())
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
-    return "nothing of that kind" if value is None else f"a {type(value).__name__}"
+    return _shown(value) if value is None or isinstance(value, (bool, Real)) else f"a {type(value).__name__}"
 
 
 def _error(error: BaseException) -> str:

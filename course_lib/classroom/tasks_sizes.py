@@ -340,7 +340,7 @@ def _qparams(low, high, bits, points=-1, widen=True, rounding=round, sign=-1):
 def _ranges(rng):
     scale, zero = float(rng.uniform(0.01, 0.2)), int(rng.integers(20, 200))
     ends = (-scale * (zero + 0.2), scale * (254.8 - zero))  # no zero point here is near a half
-    return [(-1.0, 3.0, 2), (0.5, 2.0, 8), (-3.0, -1.0, 4), (0.0, 0.0, 8), (*ends, 8), (-0.9, 0.1, 4)]
+    return [(-1.0, 3.0, 2), (0.5, 2.0, 8), (-3.0, -1.0, 4), (0.0, 0.0, 8), (*ends, 8), (-0.9, 0.13, 4)]
 
 
 def _ste(x, scale, zero_point, qmin, qmax, rounding=torch.round, everywhere=False, through=True, zero=1, back=1):

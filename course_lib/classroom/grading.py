@@ -1,0 +1,305 @@
+"""Grading a folder of practice notebooks: our checks on their functions, each notebook in a process of its own.
+
+A submission is a program by somebody else. It runs with a limit of time and memory, in a scratch folder, without
+input and output; that keeps accidents apart from each other and from the teacher's files. It is no prison: whoever
+must expect malice runs the whole command in a container or under a user of its own.
+"""
+
+import ast
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from course_lib.classroom.answers import judge
+from course_lib.classroom.lessons import CourseError, notebooks_folder, read_notebook
+from course_lib.classroom.practice import TASKS
+from course_lib.files import write_file
+
+__all__ = ["grade"]
+
+COLUMNS = ("file", "name", "task", "points", "of", "hint", "sha256")
+PRELOADED = ("course_lib.classroom.grading", "course_lib.lab", "course_lib.evidence", "scipy.stats")
+CASES = 20_240  # every submission meets the same cases
+
+
+def grade(
+    folder: Path, *, output: Path | None = None, chapter: str | None = None, jobs: int | None = None,
+    seconds: float = 20.0, memory: float = 4.0, notebooks: Path | None = None,
+) -> Path:  # fmt: skip
+    """Grade every notebook under ``folder`` into a CSV: file, name, task, points, of, hint, sha256.
+
+    Args:
+        output: the CSV; ``grades.csv`` in the folder by default. Files that it already has, unchanged, are not run
+            again: a grading that was stopped goes on.
+        chapter: such as ``"02"``; by default each notebook is graded as the chapter whose tasks it has.
+        jobs: notebooks at once; as many as there are cores by default.
+        seconds, memory: what one step of a notebook (a cell, or a check) may take, and gigabytes beyond the library's.
+
+    Raises:
+        CourseError: no such folder, no notebook in it, or no such chapter.
+    """
+    folder, output, chapters = Path(folder), Path(output or Path(folder) / "grades.csv"), _chapters(notebooks)
+    files = [p for p in sorted(folder.rglob("*.ipynb")) if p.is_file() and not _hidden(p.relative_to(folder))]
+    if not files:
+        raise CourseError(f"no notebook in {folder}: a folder of submissions is needed")
+    if chapter is not None:
+        chapters = {name: points for name, points in chapters.items() if name.startswith(chapter)}
+        if len(chapters) != 1:
+            raise CourseError(f"no chapter {chapter!r} has practice; there are {', '.join(_chapters(notebooks))}")
+    known = _known(output)
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
+    places = {path: path.relative_to(folder).as_posix() for path in files}
+    rows = {places[p]: known[places[p], hashes[p]] for p in files if (places[p], hashes[p]) in known}
+    open_files = [path for path in files if places[path] not in rows]
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        running = {pool.submit(_grade_one, p, chapters, len(chapters) == 1, seconds, memory): p for p in open_files}
+        for future in as_completed(running):
+            path = running[future]
+            found, told = future.result()
+            rows[places[path]] = [
+                dict(zip(COLUMNS, (places[path], _name(places[path]), *row, hashes[path]), strict=True))
+                for row in found
+            ]
+            _write(output, rows)
+            print(f"{places[path]}: {told}", flush=True)
+    _write(output, rows)
+    return output
+
+
+def _chapters(notebooks: Path | None) -> dict[str, dict[str, int]]:
+    """Chapter -> task -> points, as the solutions say."""
+    found = {}
+    for path in sorted((notebooks or notebooks_folder()).glob("solutions/[0-9][0-9]_*.ipynb")):
+        marks = [cell["metadata"].get("nbgrader", {}) for cell in read_notebook(path)[0]["cells"]]
+        found[path.stem] = {m["grade_id"].removesuffix("_check"): m["points"] for m in marks if m.get("grade")}
+    return found
+
+
+def _hidden(place: Path) -> bool:
+    return any(part.startswith(".") for part in place.parts)
+
+
+def _name(place: str) -> str:
+    """Whose it is: the first folder of a ``practice.ipynb`` or ``02_pruning.ipynb``, else the file's own name."""
+    path = Path(place)
+    handed_out = path.stem == "practice" or path.stem[:2].isdigit()
+    return path.parts[0] if len(path.parts) > 1 and handed_out else path.stem
+
+
+def _known(output: Path) -> dict[tuple[str, str], list[dict]]:
+    known: dict[tuple[str, str], list[dict]] = {}
+    with contextlib.suppress(OSError, KeyError, ValueError, csv.Error):
+        for row in csv.DictReader(io.StringIO(output.read_text(encoding="utf-8-sig"))):
+            known.setdefault((row["file"], row["sha256"]), []).append({key: row[key] for key in COLUMNS})
+    return known
+
+
+def _write(output: Path, rows: dict[str, list[dict]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for place in sorted(rows):
+        for row in rows[place]:
+            # A spreadsheet runs what starts like a formula.
+            unsafe = {key: f"'{v}" for key, v in row.items() if isinstance(v, str) and v[:1] in ("=", "+", "-", "@")}
+            writer.writerow(row | unsafe)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_file(output, text.getvalue().encode())
+
+
+# --- one submission ---------------------------------------------------------------------------------------------------
+
+
+def _grade_one(path: Path, chapters: dict, fixed: bool, seconds: float, memory: float) -> tuple[list[tuple], str]:
+    """Rows (task, points, of, hint), and a line for the screen. A step that ends the process is left out next time."""
+    results: dict[str, str] = {}  # task -> what the check said; empty for a pass
+    skipped: dict[str, str] = {}
+    chapter, broken, step, over = "", "", "", False
+    while not over and len(skipped) < 12:
+        over, ending = True, "the process ended"
+        for event in _events(path, chapters, fixed, skipped | results, seconds, memory):
+            chapter, broken = event.get("chapter", chapter), event.get("broken", broken)
+            step, ending = event.get("step", step), event.get("ending", ending)
+            results |= event.get("result", {})
+            over = "over" in event
+        if not over:
+            skipped[step] = ending
+    if broken or not chapter:
+        return [("", 0, 0, broken or skipped.get(step, "it could not be read"))], broken or "it could not be read"
+    hints = {task: results.get(task, skipped.get(task, "it was not reached")) for task in chapters[chapter]}
+    rows = [(task, 0 if hints[task] else points, points, hints[task]) for task, points in chapters[chapter].items()]
+    return rows, f"{sum(row[1] for row in rows)} of {sum(row[2] for row in rows)} points in {chapter}"
+
+
+def _events(path: Path, chapters: dict, fixed: bool, done: dict, seconds: float, memory: float) -> Iterator[dict]:
+    """What one run of the submission reports, ``{"over": ...}`` at last; or how it ended before."""
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        context.set_forkserver_preload(list(PRELOADED))
+    ours, theirs = context.Pipe(duplex=False)
+    scratch = tempfile.mkdtemp(prefix="practice-")
+    arguments = (theirs, str(path.resolve()), chapters, fixed, done, memory, scratch)
+    process = context.Process(target=_child, args=arguments, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        limit = time.monotonic() + seconds + 60  # a slow machine imports slowly
+        while True:
+            if not ours.poll(max(0.0, limit - time.monotonic())):
+                yield {"ending": f"it took longer than {seconds:g} seconds"}
+                return
+            event = json.loads(ours.recv_bytes(1_000_000))  # never pickle: that would run what they send
+            limit = time.monotonic() + seconds
+            yield event
+            if "over" in event:
+                return
+    except (EOFError, OSError, ValueError):
+        process.join(5)
+        yield {"ending": f"it ended the process (exit code {process.exitcode}); sys.exit, or too much memory?"}
+    finally:
+        _kill(process)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _kill(process) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    process.kill()
+    process.join(5)
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def _child(pipe, path: str, chapters: dict, fixed: bool, done: dict, memory: float, scratch: str) -> None:
+    def tell(**event) -> None:
+        pipe.send_bytes(json.dumps(event).encode())
+
+    try:
+        cells = _cells(Path(path))
+        chapter = _chapter_of(cells, chapters, fixed)
+    except Exception as error:
+        tell(broken=str(error).replace(path, Path(path).name)[:300], over=True)
+        return
+    tell(chapter=chapter)
+    seal = _seal()
+    _confine(scratch, memory)
+    answers, errors = _execute(cells, chapters[chapter], done, tell)
+    for task in chapters[chapter]:
+        if task in done:
+            continue
+        tell(step=task)
+        if not seal.items() <= _seal().items():
+            told = "the notebook changed the checker, or the libraries it stands on"
+        elif task not in answers:
+            told = errors.get(task, f"no function {task} in this notebook")
+        else:
+            result = judge(TASKS[task], answers[task], CASES)
+            told = "" if result.passed else result.text
+        tell(result={task: told[:500]})
+    tell(over=True)
+
+
+def _cells(path: Path) -> list[tuple[str, str]]:
+    """(task or "", source) of all code cells that are not locked."""
+    found = []
+    for cell in read_notebook(path)[0]["cells"]:
+        mark = cell["metadata"].get("nbgrader")
+        mark = mark if isinstance(mark, dict) else {}
+        if cell["cell_type"] == "code" and not mark.get("grade"):
+            lines = cell["source"].splitlines()
+            source = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!", "?")))
+            found.append((str(mark.get("grade_id", "")) if mark.get("solution") else "", source))
+    return found
+
+
+def _chapter_of(cells: list[tuple[str, str]], chapters: dict, fixed: bool) -> str:
+    text = "\n".join(f"def {task}(\n{source}" for task, source in cells)
+    fitting = {name: sum(f"def {task}(" in text for task in tasks) for name, tasks in chapters.items()}
+    best = max(fitting, key=fitting.__getitem__)
+    if not fixed and not fitting[best]:
+        raise ValueError("it has no cell of any task")
+    return best
+
+
+def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
+    """The functions that the notebook defines, and why some are missing. Of unmarked cells only what costs nothing."""
+    space: dict = {"__name__": "__main__"}
+    answers, errors = {}, {}
+    for number, (task, source) in enumerate(cells):
+        step = task or f"cell {number}"
+        if f"cell of {step}" in done:
+            errors[task] = f"its cell: {done[f'cell of {step}']}"
+            continue
+        tell(step=f"cell of {step}")
+        try:
+            tree = ast.parse(source)
+            if not task:
+                tree.body = [node for node in tree.body if _is_plain(node)]
+            exec(compile(tree, step, "exec"), space)
+        except (Exception, SystemExit) as error:
+            errors[task] = f"its cell raised {type(error).__name__}: {error}"
+        if task and callable(space.get(task)):
+            answers[task] = space[task]
+    return {task: space[task] for task in tasks if callable(space.get(task))} | answers, errors
+
+
+def _is_plain(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Assign):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            ast.literal_eval(node.value)
+            return True
+    return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+
+
+def _seal() -> dict:
+    """What a check stands on: if any of it is another object afterwards, nothing that it says counts."""
+    import builtins
+
+    import numpy
+    import torch
+
+    from course_lib.classroom import answers, practice, tasks_losses, tasks_sizes
+
+    owners = (answers, practice, tasks_losses, tasks_sizes, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
+    found = {(str(o), key): (id(v), id(getattr(v, "__code__", v))) for o in owners for key, v in list(vars(o).items())}
+    return found | {task: (id(it), id(it.answer), id(it.cases), it.says) for task, it in TASKS.items()}
+
+
+def _confine(scratch: str, memory: float) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.chdir(scratch)
+    kept = ("PATH", "LANG", "LC_ALL", "SYSTEMROOT", "OMP_NUM_THREADS")
+    keep = {key: os.environ[key] for key in kept if key in os.environ}
+    os.environ.clear()
+    os.environ.update(keep, HOME=scratch, TMPDIR=scratch, COURSE_CACHE=scratch, MPLBACKEND="Agg")
+    tempfile.tempdir = scratch
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silence, stream)
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        import psutil
+
+        most = psutil.Process().memory_info().vms + int(memory * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**8, 10**8))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,165 @@
+"""Grading a class: our checks, hostile notebooks, and going on where it stopped."""
+
+import csv
+import json
+
+import nbformat
+import pytest
+
+from course_lib.classroom import practice
+from course_lib.classroom.grading import grade
+from course_lib.classroom.lessons import CourseError, notebooks_folder
+
+SOLUTION = notebooks_folder() / "solutions" / "01_concepts.ipynb"
+TASKS = ("count_macs_linear", "paired_interval", "seeds_needed", "break_even_rank")
+EDITS = {
+    "endless_answer": "def count_macs_linear(widths):\n    while True:\n        pass",
+    "endless_cell": "while True:\n    pass",
+    "leaves": "import sys\nsys.exit(0)",
+    "leaves_hard": "def count_macs_linear(widths):\n    import os\n    os._exit(0)",
+    "no_python": "def count_macs_linear(widths) return 1",
+    "hungry": "def count_macs_linear(widths):\n    return len('a' * 20 * 2**30)",
+    "magic": "%time\n!ls\ndef count_macs_linear(widths):\n    return sum(a * b for a, b in zip(widths, widths[1:]))",
+    "helper": "def count_macs_linear(widths):\n    return dot(widths)",
+    "meddles": "from course_lib.classroom import answers\nanswers._difference = lambda *given: ''\n"
+    "def count_macs_linear(widths):\n    return 0",
+    "noisy": "print('a' * 10**6)\ndef count_macs_linear(widths):\n    raise ValueError('=1+1')",
+}
+
+
+def notebook(name=None):
+    made = nbformat.read(SOLUTION, as_version=4)
+    for cell in made.cells:
+        if cell.id == "count_macs_linear" and name in EDITS:
+            cell.source = EDITS[name]
+    if name == "helper":
+        cells = ["import time\ntime.sleep(99)", "def dot(w):\n    return sum(a * b for a, b in zip(w, w[1:]))"]
+        made.cells[1:1] = [nbformat.v4.new_code_cell(source) for source in cells]
+    return made
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """A folder of all kinds of submissions, graded once: (folder, rows by file)."""
+    folder = tmp_path_factory.mktemp("submissions")
+    for name in (*EDITS, "anna"):
+        (folder / name).mkdir()
+        nbformat.write(notebook(name), folder / name / "practice.ipynb")
+    cheat = notebook("no_python")  # checks that say yes, and cells that are not there
+    cheat.cells = [cell for cell in cheat.cells if cell.id not in ("paired_interval", "paired_interval-check")]
+    for cell in cheat.cells:
+        if cell.id.endswith("-check"):
+            cell.source = "print('✓')"
+    nbformat.write(cheat, folder / "bert.ipynb")
+    (folder / "other").mkdir()
+    nbformat.write(notebook(), folder / "other" / "bert.ipynb")
+    large = notebook()
+    large.cells[1].outputs = [nbformat.v4.new_output("stream", text="x" * 50_000_000)]
+    nbformat.write(large, folder / "large.ipynb")
+    for name, text in {"torn": '{"cells": [', "deep": "[" * 100_000, "list": "[]", "empty": ""}.items():
+        (folder / f"{name}.ipynb").write_text(text)
+    (folder / "strange.ipynb").write_text(json.dumps({"nbformat": 4, "cells": [{"cell_type": "code", "source": "1"}]}))
+    (folder / ".ipynb_checkpoints").mkdir()
+    nbformat.write(notebook(), folder / ".ipynb_checkpoints" / "anna-checkpoint.ipynb")
+    path = grade(folder, jobs=2, seconds=4, memory=3)
+    found = {}
+    for row in rows_of(path):
+        found.setdefault(row["file"], []).append(row)
+    return folder, found
+
+
+def points(rows):
+    return {row["task"]: (int(row["points"]), row["hint"]) for row in rows}
+
+
+def test_a_right_notebook_gets_all_points_and_no_hint(graded):
+    folder, found = graded
+    for file in (
+        "anna/practice.ipynb",
+        "large.ipynb",
+        "other/bert.ipynb",
+        "magic/practice.ipynb",
+        "helper/practice.ipynb",
+    ):
+        rows = found[file]
+        assert tuple(row["task"] for row in rows) == TASKS, file
+        assert [row["points"] for row in rows] == [row["of"] for row in rows] == ["1", "2", "3", "1"], (file, rows)
+        assert not any(row["hint"] for row in rows)
+    assert not (folder / ".ipynb_checkpoints" / "grades.csv").exists()
+    assert not any("checkpoint" in file for file in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("endless_answer", "longer than 4 seconds"),
+        ("endless_cell", "longer than 4 seconds"),
+        ("leaves", "SystemExit"),
+        ("leaves_hard", "ended the process"),
+        ("no_python", "SyntaxError"),
+        ("hungry", "MemoryError"),
+        ("noisy", "raised ValueError: =1+1"),
+    ],
+)
+def test_one_bad_answer_costs_its_own_points_alone(graded, name, hint):
+    got = points(graded[1][f"{name}/practice.ipynb"])
+    assert hint in got["count_macs_linear"][1]
+    assert [got[task][0] for task in TASKS] == [0, 2, 3, 1]
+
+
+def test_our_checks_count_and_nobody_elses(graded):
+    got = points(graded[1]["bert.ipynb"])
+    assert [got[task][0] for task in TASKS] == [0, 0, 3, 1]
+    assert got["paired_interval"][1] == "no function paired_interval in this notebook"
+    got = points(graded[1]["meddles/practice.ipynb"])
+    assert {hint for _, hint in got.values()} == {"the notebook changed the checker, or the libraries it stands on"}
+
+
+@pytest.mark.parametrize("name", ["torn", "deep", "list", "empty", "strange"])
+def test_what_is_no_submission_has_one_row_that_says_so(graded, name):
+    (row,) = graded[1][f"{name}.ipynb"]
+    assert (row["task"], row["points"]) == ("", "0")
+    assert row["hint"]
+    assert str(graded[0]) not in row["hint"]
+
+
+def test_names_come_from_folders_or_files(graded):
+    names = {file: rows[0]["name"] for file, rows in graded[1].items()}
+    assert names["anna/practice.ipynb"] == "anna"
+    assert names["bert.ipynb"] == names["other/bert.ipynb"] == "bert"
+
+
+def test_it_goes_on_where_it_stopped(graded, tmp_path, capsys):
+    for name in ("a", "b"):
+        nbformat.write(notebook(), tmp_path / f"{name}.ipynb")
+    path = grade(tmp_path, jobs=1)
+    first = path.read_text()
+    lines = [line for line in first.splitlines() if not line.startswith("b.ipynb")]
+    path.write_text("\n".join(lines) + "\n")
+    nbformat.write(notebook("no_python"), tmp_path / "c.ipynb")
+    capsys.readouterr()
+    assert practice.main(["grade", str(tmp_path), "--jobs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "a.ipynb" not in said
+    assert "b.ipynb: 7 of 7 points in 01_concepts" in said
+    assert "c.ipynb: 6 of 7 points" in said
+    assert path.read_text().startswith(first)
+    nbformat.write(notebook("no_python"), tmp_path / "a.ipynb")
+    grade(tmp_path, jobs=1, chapter="01")
+    assert "a.ipynb: 6 of 7 points" in capsys.readouterr().out
+
+
+def test_what_cannot_be_graded_is_said(tmp_path, capsys):
+    with pytest.raises(CourseError, match="no notebook in"):
+        grade(tmp_path)
+    nbformat.write(notebook(), tmp_path / "a.ipynb")
+    with pytest.raises(CourseError, match="no chapter '09'"):
+        grade(tmp_path, chapter="09")
+    assert practice.main(["grade", "--help"]) == 0
+    assert "Runs the code of every notebook" in capsys.readouterr().out
+    assert practice.main(["grade"]) == 2
