@@ -10,9 +10,7 @@ __all__ = ["cache_folder", "source_hash", "write_file"]
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> Path:
-    """Write ``data`` to ``path`` in one piece: a reader sees the old file or the new one, never half of one.
-
-    The file gets the mode that the umask gives to new files, so that a shared folder stays readable for a class.
+    """Write ``data`` to ``path`` in one piece and with the umask's mode: a reader sees the old file or the new one.
 
     Raises:
         OSError: the file cannot be written; the text names it, and nothing is left behind.
@@ -20,10 +18,7 @@ def write_file(path: str | os.PathLike, data: bytes) -> Path:
     path = Path(path)
     partial = path.parent / f".{uuid.uuid4().hex}.partial"
     try:
-        with os.fdopen(
-            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb"
-        ) as file:
-            file.write(data)
+        partial.write_bytes(data)
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -35,9 +30,6 @@ def write_file(path: str | os.PathLike, data: bytes) -> Path:
 
 def source_hash(*sources: ModuleType | str | os.PathLike) -> str:
     """A sha256 over the source of modules and packages, given themselves or as paths, in any order.
-
-    Raises:
-        OSError: a source that is not there.
 
     >>> import json, csv
     >>> source_hash(json, csv) == source_hash(csv, json), source_hash(json) == source_hash(csv)

@@ -1,7 +1,7 @@
 """Trained weights kept on disk: never a stale one, never a damaged one, and trained once however many ask.
 
-A checkpoint is a safetensors file with its sha256 beside it (safetensors loads a flipped byte without a word). Its name
-carries a key made of everything that determines the weights.
+A checkpoint is a safetensors file with its sha256 beside it (safetensors loads a flipped byte without a word), named by
+a key made of everything that determines the weights.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,40 +21,37 @@ from course_lib.lab.data import Split, Splits
 
 __all__ = ["CheckpointError", "checkpoint_key", "load_checkpoint", "save_checkpoint", "train_or_load"]
 
+Models = nn.Module | Sequence[nn.Module]
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or not the one that was asked for; the text names the file and the fault."""
 
 
 def checkpoint_key(**parts: object) -> str:
-    """A sha256 over named parts: numbers, texts, lists, dicts, dataclasses, arrays, splits and modules' weights.
+    """A sha256 over named parts, torch's version and the training code's source (so that a changed loop trains anew).
 
-    Torch's version and the source of the training code are always part of it, so that a changed loop trains anew.
-
-    Raises:
-        TypeError: a part that has no stable content, such as a function.
+    Parts: numbers, texts, lists, dicts, dataclasses, arrays, splits, modules (their weights); TypeError for others.
 
     >>> checkpoint_key(model="mlp32", seed=0) == checkpoint_key(seed=0, model="mlp32")
     True
-    >>> checkpoint_key(model="mlp32", seed=0) == checkpoint_key(model="mlp32", seed=1)
-    False
     """
     code = source_hash(*(Path(__file__).with_name(f"{name}.py") for name in ("models", "replicas", "training")))
-    content = {"parts": _stable(parts, "key"), "torch": torch.__version__, "code": code}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    parts = {"parts": stable_content(parts, "key"), "torch": torch.__version__, "code": code}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def save_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module]) -> Path:
+def save_checkpoint(path: str | Path, models: Models) -> Path:
     """Write the weights and buffers of one model or of several replicas; an ``OSError`` names the file."""
     from safetensors.torch import save
 
     data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named(models).items()})
     path = write_file(path, data)
-    write_file(_digest(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+    write_file(f"{path}.sha256", f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
     return path
 
 
-def load_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module]) -> None:
+def load_checkpoint(path: str | Path, models: Models) -> None:
     """Load a checkpoint into ``models``, which stay as they were if anything is wrong with it.
 
     Raises:
@@ -63,16 +60,14 @@ def load_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module]) -
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = Path(path)
     try:
-        data, recorded = path.read_bytes(), _digest(path).read_text(encoding="utf-8").split()[:1]
+        data, recorded = Path(path).read_bytes(), Path(f"{path}.sha256").read_text(encoding="utf-8").split()[:1]
         if [hashlib.sha256(data).hexdigest()] != recorded:
             raise CheckpointError(f"{path}: its sha256 is not the recorded one: the file is truncated or was changed")
         tensors = load(data)
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read with its digest {_digest(path).name}: {error}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in _named(models).items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise CheckpointError(f"{path}: cannot be read with its digest: {error}") from error
+    wanted, given = ({n: tuple(t.shape) for n, t in group.items()} for group in (_named(models), tensors))
     if differ := sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name)):
         raise CheckpointError(f"{path}: does not fit the model, differing at {', '.join(differ[:5])}")
     for r, model in enumerate(_listed(models)):
@@ -81,17 +76,16 @@ def load_checkpoint(path: str | Path, models: nn.Module | Sequence[nn.Module]) -
 
 def train_or_load(
     name: str,
-    make: Callable[[], nn.Module | list[nn.Module]],
-    train: Callable[[nn.Module | list[nn.Module]], nn.Module | list[nn.Module] | None],
+    make: Callable[[], Models],
+    train: Callable[[Models], Models | None],
     *,
     key: Mapping[str, object],
     folder: str | Path | None = None,
-) -> nn.Module | list[nn.Module]:
+) -> Models:
     """The trained model, from the cache if a sound checkpoint with this key is there, else trained and stored.
 
-    Of several processes that ask at once, one trains and the others wait and load (a file lock). Loading writes nothing
-    and needs no lock, so that a class may share a folder that it can only read; what cannot be kept there is trained
-    all the same, with a warning.
+    Of several processes that ask at once, one trains and the others wait and load. Loading writes nothing and needs no
+    lock: a class may share a folder that it can only read. What cannot be kept is trained all the same, with a warning.
 
     Args:
         name: a word for the file name, such as ``"teacher"``.
@@ -102,75 +96,70 @@ def train_or_load(
     """
     from filelock import FileLock
 
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
-        raise ValueError(f"name must be letters, digits, '-' and '_', got {name!r}")
     folder = cache_folder("checkpoints") if folder is None else Path(folder)
-    path, models = folder / f"{name}-{checkpoint_key(**key)}.safetensors", make()
+    path, models = folder / f"{file_word(name)}-{checkpoint_key(**key)}.safetensors", make()
     if path.exists():
         with contextlib.suppress(CheckpointError):  # told below, unless another process is mending it right now
             load_checkpoint(path, models)
             return models
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(f"{path}.lock").acquire()
-    except OSError as error:
-        warnings.warn(f"{path} cannot be kept, training without it: {error}", stacklevel=2)
-        return _trained(train, models)
-    with held:
-        if path.exists():
+    with contextlib.ExitStack() as held:
+        problem = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(f"{path}.lock"))
+        except OSError as error:
+            problem = f"{path} cannot be kept, training without it: {error}"
+        if not problem and path.exists():
             try:
                 load_checkpoint(path, models)
                 return models
             except CheckpointError as error:
                 warnings.warn(f"checkpoint refused, training anew: {error}", stacklevel=2)
-        models = _trained(train, models)
+        given = train(models)
+        # Only a return value of models counts: fit, for one, returns its history.
+        if isinstance(given, nn.Module) or (isinstance(given, list) and given and isinstance(given[0], nn.Module)):
+            models = given
         try:
-            save_checkpoint(path, models)
+            problem or save_checkpoint(path, models)
         except OSError as error:
-            warnings.warn(f"the trained weights could not be kept: {error}", stacklevel=2)
+            problem = f"the trained weights could not be kept: {error}"
+        if problem:
+            warnings.warn(problem, stacklevel=2)
     return models
 
 
-def _trained(train: Callable, models: nn.Module | list[nn.Module]) -> nn.Module | list[nn.Module]:
-    given = train(models)
-    # Only a return value of models counts: fit, for one, returns its history.
-    kept = isinstance(given, nn.Module) or (isinstance(given, list) and given and isinstance(given[0], nn.Module))
-    return given if kept else models
+def file_word(name: str) -> str:
+    """``name``, if it is fit to be part of a file's name."""
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        raise ValueError(f"name must be letters, digits, '-' and '_', got {name!r}")
+    return name
 
 
-def _listed(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    return [models] if isinstance(models, nn.Module) else list(models)
-
-
-def _named(models: nn.Module | Sequence[nn.Module]) -> dict[str, Tensor]:
-    return {f"{r}/{name}": tensor for r, m in enumerate(_listed(models)) for name, tensor in m.state_dict().items()}
-
-
-def _digest(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def _stable(value: object, where: str) -> object:
-    """The content of a value as JSON can hold it."""
-    if isinstance(value, np.generic):
-        value = value.item()
+def stable_content(value: object, where: str) -> object:
+    """The content of a value as JSON can hold it, equal for equal values in every process; 8 and 8.0 are equal."""
+    value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+        return int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, (Tensor, np.ndarray)):
         array = torch.as_tensor(value).detach().cpu().contiguous()
         raw = array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b""
         return ["array", str(array.dtype), list(array.shape), hashlib.sha256(raw).hexdigest()]
-    if isinstance(value, Splits):
-        return ["splits", _stable(value.pool, where), _stable(value.index, where)]
-    if isinstance(value, Split):
-        return ["split", _stable(value.images, where), _stable(value.labels, where)]
     if isinstance(value, nn.Module):
-        return ["module", str(value), _stable(dict(value.state_dict()), where)]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [type(value).__name__, _stable(asdict(value), where)]
+        return ["module", str(value), stable_content(dict(value.state_dict()), where)]
+    if isinstance(value, (Split, Splits)) or (is_dataclass(value) and not isinstance(value, type)):
+        names = ("pool", "index") if isinstance(value, Splits) else [field.name for field in fields(value)]
+        return [type(value).__name__, {name: stable_content(getattr(value, name), where) for name in names}]
     if isinstance(value, Mapping):
-        return {str(name): _stable(part, f"{where}.{name}") for name, part in value.items()}
+        return {str(name): stable_content(part, f"{where}.{name}") for name, part in value.items()}
     if isinstance(value, (list, tuple, range)):
-        return [_stable(part, f"{where}[{i}]") for i, part in enumerate(value)]
+        return [stable_content(part, f"{where}[{i}]") for i, part in enumerate(value)]
     given = f"a {type(value).__name__} has no stable content to make a key of"
     raise TypeError(f"{where}: {given}; give its name or numbers")
+
+
+def _listed(models: Models) -> list[nn.Module]:
+    return [models] if isinstance(models, nn.Module) else list(models)
+
+
+def _named(models: Models) -> dict[str, Tensor]:
+    return {f"{r}/{name}": tensor for r, m in enumerate(_listed(models)) for name, tensor in m.state_dict().items()}

@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -20,12 +19,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib.files import source_hash, write_file
 from course_lib.gate import whole_number
+from course_lib.lab.checkpoints import file_word, stable_content
 from course_lib.lab.training import progress_bar
 
 if TYPE_CHECKING:
@@ -38,13 +38,10 @@ COLUMNS = ("method", "level", "seed", "error", "seconds")
 
 @dataclass(frozen=True)
 class Trial:
-    """One cell of a grid: a method, how hard it presses, and a seed.
+    """One cell of a grid: a method, how hard it presses, a seed, and whatever else determines the result.
 
-    Attributes:
-        method: the name of a family, such as ``"magnitude"``.
-        level: what the method understands: a number, a word, ``None``, or a tuple or a frozen dataclass of them.
-        seed: a whole number of at least 0.
-        options: whatever else determines the result, pairs (name, value) sorted by name; a mapping is taken as well.
+    ``level`` is a number, a word, ``None``, or a tuple or a frozen dataclass of them. ``options`` are pairs (name,
+    value) sorted by name; a mapping is taken as well.
 
     >>> trial = Trial("prune+share", (0.92, 4), seed=0, options={"model": "lenet300"})
     >>> trial.options, trial == Trial("prune+share", (0.92, 4.0), 0, (("model", "lenet300"),))
@@ -68,18 +65,13 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """A sha256 of the content, the same in every process and on every machine."""
-        content = _canonical([self.method, self.level, self.seed, self.options])
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        """A sha256 of the content, the same in every process and on every machine; ValueError for NaN and infinity."""
+        content = stable_content([self.method, self.level, self.seed, self.options], "trial")
+        return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
 
 
 def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -> list[Trial]:
-    """Every method at each of its levels with every seed.
-
-    Args:
-        levels: method -> its levels, each once; ``[None]`` for a method that has none.
-        seeds: whole numbers, each once.
-        options: given to every trial. To vary one, add grids together.
+    """Every method at each of its ``levels`` (``[None]`` if it has none) with every seed; add grids to vary an option.
 
     >>> [(t.method, t.level, t.seed) for t in make_grid({"dense": [None], "int": [8, 4]}, seeds=[0])]
     [('dense', None, 0), ('int', 8, 0), ('int', 4, 0)]
@@ -104,8 +96,7 @@ def run_study(
     """Measure every cell of a grid; what was measured before is not measured again.
 
     A cell that raises is a row with its ``error``; the rest goes on. Where a worker dies, the cells that were under way
-    are tried once more, each alone. Finished rows stay when the run is killed, and the next run goes on there: it tries
-    failed rows again, finished ones never.
+    are tried once more, each alone. A run that was killed goes on where it stood, and tries failed rows again.
 
     Args:
         grid: distinct trials, as from :func:`make_grid`.
@@ -127,16 +118,13 @@ def run_study(
     """
     import pandas
 
-    trials, workers = _distinct(list(grid)), whole_number(workers, "workers")
+    trials, workers, paths, rows = _distinct(list(grid)), whole_number(workers, "workers"), {}, {}
     if executor is not None and not isinstance(executor, Executor):
         hint = "; for dask, pass Client(...).get_executor()" if hasattr(executor, "get_executor") else ""
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}{hint}")
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
-        raise ValueError(f"name must be letters, digits, '-' and '_', got {name!r}")
+    file_word(name)
     if executor is None or isinstance(executor, ProcessPoolExecutor):
         _check_importable(work)
-    rows: dict[Trial, dict] = {}
-    paths: dict[Trial, Path] = {}
     if folder is not None:
         salt, kept = _identity(work, version), Path(folder) / name
         kept.mkdir(parents=True, exist_ok=True)
@@ -152,9 +140,11 @@ def run_study(
             advance()
 
         _measure([t for t in trials if t not in rows], work, executor, workers, record)
-    cells = [{"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options)} for t in trials]
-    ends = [{"error": rows[t]["error"], "seconds": rows[t]["seconds"]} for t in trials]
-    records = [{**cell, **rows[t]["values"], **end} for cell, t, end in zip(cells, trials, ends, strict=True)]
+    records = []
+    for t in trials:
+        end = {name: rows[t][name] for name in ("error", "seconds")}
+        cell = {"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options)}
+        records.append({**cell, **rows[t]["values"], **end})
     names = [n for n in dict.fromkeys(itertools.chain(*records)) if n not in COLUMNS]
     return pandas.DataFrame(records, columns=[*COLUMNS[:3], *names, *COLUMNS[3:]])
 
@@ -252,16 +242,6 @@ def _plain(value: object, where: str) -> object:
     if value is None or isinstance(value, (bool, int, float, str)) or (is_dataclass(value) and hash(value)):
         return value
     raise TypeError(f"{where} must be a number, a word, None, or a tuple or frozen dataclass of them, got {value!r}")
-
-
-def _canonical(value: object) -> object:
-    if is_dataclass(value):
-        return [type(value).__name__, {f.name: _canonical(getattr(value, f.name)) for f in fields(value)}]
-    if isinstance(value, (list, tuple)):
-        return [_canonical(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"a trial's numbers must be finite, got {value}")
-    return int(value) if isinstance(value, float) and value.is_integer() else value  # 8 and 8.0 are one number
 
 
 def _check_importable(work: Callable) -> None:
