@@ -389,6 +389,7 @@ def test_no_solution_is_left_in_a_student_notebook():
 
 
 @by_source
+@pytest.mark.filterwarnings("ignore")  # nbgrader's own imports
 def test_the_student_notebook_is_what_nbgrader_would_write(source):
     preprocessors = pytest.importorskip("nbgrader.preprocessors", reason="nbgrader is an extra for teachers")
     theirs, ours = read(source), student_version(read(source))
