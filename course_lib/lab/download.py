@@ -11,9 +11,12 @@ import hashlib
 import io
 import math
 import os
+import pickle
+import re
 import shutil
 import socket
 import sys
+import tarfile
 import traceback
 import zlib
 from collections.abc import Iterator
@@ -31,7 +34,9 @@ RECORD = "course-sha256.txt"  # beside the files that we fetched: their SHA-256,
 LOCK_TIMEOUT_S = 1800.0
 NETWORK_TIMEOUT_S = 10.0  # of one answer; torchvision would wait for ever
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_TAR = "cifar-10-python.tar.gz"
+_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 
 
 class DataError(RuntimeError):
@@ -62,6 +67,7 @@ class Source:
     class_names: tuple[str, ...]
     folder: str
     megabytes: int
+    files: tuple[str, ...] = _IDX
 
 
 _KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
@@ -72,16 +78,16 @@ SOURCES: dict[str, Source] = {
     "mnist": Source("MNIST", tuple("0123456789"), "MNIST/raw", 65),
     "fashion_mnist": Source("FashionMNIST", _FASHION, "FashionMNIST/raw", 85),
     "kmnist": Source("KMNIST", _KUZUSHIJI, "KMNIST/raw", 75),
-    "cifar10": Source("CIFAR10", _OBJECTS, "cifar-10-batches-py", 360),
+    "cifar10": Source("CIFAR10", _OBJECTS, "cifar-10-batches-py", 360, _BATCHES),
 }
 
 
 def obtain(name: str, folder: str | os.PathLike, *, download: bool = True) -> RawData:
     """The data set's content from the files under ``folder``, or from the network.
 
-    IDX files may hold any number of images, be called ``train-images.idx3-ubyte`` as well, and end in ``.gz``; CIFAR's
-    must be the published ones, for a pickle may run any code. What is missing is fetched (from ``$COURSE_MIRROR`` if
-    set), checked, and moved in under a file lock; an IDX file that is there and damaged is named and left alone.
+    Files may hold any number of images, be called ``train-images.idx3-ubyte`` as well, and end in ``.gz``; of CIFAR's
+    pickles only arrays are read. What is missing is fetched (from ``$COURSE_MIRROR`` if set), checked, and moved in
+    under a file lock; a file that is there and damaged is named and left alone.
 
     Args:
         name: one of :data:`SOURCES`.
@@ -94,17 +100,16 @@ def obtain(name: str, folder: str | os.PathLike, *, download: bool = True) -> Ra
     source, root = SOURCES[name], Path(folder)
     where, again = root / source.folder, f"call load_dataset({name!r}, download=True)"
     elsewhere = "Another folder: root= or COURSE_DATA. No files needed: load_dataset('digits')."
-    read = _cifar if source.dataset == "CIFAR10" else _idx_files
     try:
         try:
-            return read(source, root, None)
+            return _read(source, root, None)
         except FileNotFoundError as missing:
             if not download:
                 lies = ", ".join(sorted(path.name for path in where.iterdir())[:12]) if where.is_dir() else ""
                 text = f"{name} is not complete in {where}: {missing.args[0]}; there is {lies or 'nothing'}"
                 raise DataError(f"{text}. To fetch what is missing, {again}. {elsewhere}") from None
         with _locked(root, name) as stage:
-            return read(source, root, stage)
+            return _read(source, root, stage)
     except _Damaged as error:
         raise DataError(f"{error}. Nothing was changed: delete the file that is wrong, then {again}.") from None
     except OSError as error:
@@ -128,33 +133,33 @@ def _locked(root: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _idx_files(source: Source, root: Path, stage: Path | None) -> RawData:
-    """MNIST and its like: four files, each checked by itself and against the others."""
+def _read(source: Source, root: Path, stage: Path | None) -> RawData:
+    """The data set, each file checked by itself and against the others; without ``stage`` nothing is fetched."""
     folder, record = root / source.folder, root / source.folder / RECORD
-    recorded = dict(reversed(line.split("  ", 1)) for line in _text(record).splitlines())
-    found, new = {}, {}
-    for file in _FILES:
-        spelled = (file, file.replace("-idx", ".idx"))
-        for path in [p for p in (folder / f"{s}{end}" for end in ("", ".gz") for s in spelled) if p.is_file()][:1]:
+    text = record.read_text("utf-8") if record.is_file() else ""
+    if any(len(line.partition("  ")[0]) != 64 for line in text.splitlines()):
+        raise _Damaged(f"{record} is not a list of SHA-256 hashes")
+    recorded, held, new = dict(reversed(line.split("  ", 1)) for line in text.splitlines()), {}, {}
+    for file in source.files:
+        spellings = [f"{name}{end}" for end in ("", ".gz") for name in (file, file.replace("-idx", ".idx"))]
+        for path in [folder / name for name in spellings if (folder / name).is_file()][:1]:
             data = _gunzip(path) if path.suffix == ".gz" else path.read_bytes()
             if recorded.get(file, _sha256(data)) != _sha256(data):
                 # Named first: a teacher may have put other files here on purpose.
                 why = f"it has changed since then (if on purpose, delete {record} instead)"
                 raise _Damaged(f"{path} does not match the hash recorded when it was downloaded: {why}")
-            found[file] = data, str(path)
-    missing = [file for file in _FILES if file not in found]
-    if missing and stage is None:
-        raise FileNotFoundError(f"{', '.join(missing)} missing")
-    for file in missing:
-        address = _fetch(source, f"{file}.gz", stage)
-        new[file] = _gunzip(stage / f"{file}.gz"), f"{file} from {address}"
-    arrays = [_idx(*(found | new)[file], 3 if "images" in file else 1) for file in _FILES]
-    for images, labels, file in zip(arrays[::2], arrays[1::2], _FILES[1::2], strict=True):
-        shown = (found | new)[file][1]
-        if len(images) != len(labels):
-            raise _Damaged(f"{shown} holds {len(labels)} labels for {len(images)} images: they are of two sets")
-        if labels.max() > 9:
-            raise _Damaged(f"{shown} has the label {labels.max()} at {labels.argmax()}: labels go to 9")
+            held[file] = data, str(path)
+    if missing := [file for file in source.files if file not in held]:
+        if stage is None:
+            raise FileNotFoundError(f"{', '.join(missing)} missing")
+        new = _fetched(source, missing, root, stage)
+    held |= new
+    if source.files is _BATCHES:
+        *train, test = [_batch(*held[file]) for file in _BATCHES]
+        arrays = [*map(np.concatenate, zip(*train, strict=True)), *test]
+    else:
+        parts = [_idx(*held[file], 3 if "images" in file else 1) for file in _IDX]
+        arrays = [a for i in (0, 2) for a in _half(*parts[i : i + 2], held[_IDX[i + 1]][1])]
     if new:
         folder.mkdir(parents=True, exist_ok=True)
         recorded |= {file: _sha256(data) for file, (data, _) in new.items()}
@@ -162,12 +167,20 @@ def _idx_files(source: Source, root: Path, stage: Path | None) -> RawData:
         write_file(record, "".join(f"{sha}  {file}\n" for file, sha in recorded.items()).encode())
         for file, (data, _) in new.items():
             write_file(folder / file, data)
-    made = [array[:, None] if array.ndim == 3 else array.astype(np.int64) for array in arrays]
-    return RawData(*made, source.class_names)
+    return RawData(*arrays, source.class_names)
+
+
+def _half(images: np.ndarray, labels: np.ndarray, shown: str) -> tuple[np.ndarray, np.ndarray]:
+    if not len(labels) or len(images) != len(labels):
+        raise _Damaged(f"{shown} holds {len(labels)} labels for {len(images)} images: they are of two sets")
+    if labels.min() < 0 or labels.max() > 9:
+        where = int(((labels < 0) | (labels > 9)).argmax())
+        raise _Damaged(f"{shown} has the label {labels[where]} at {where}: labels go to 9")
+    return images, labels.astype(np.int64)
 
 
 def _idx(data: bytes, shown: str, dimensions: int) -> np.ndarray:
-    """An IDX array of bytes: two zero bytes, the type 8, the number of dimensions, each size as a big-endian uint32."""
+    """An IDX array: two zero bytes, the type 8, the number of dimensions, each size as a big-endian uint32, bytes."""
     head, magic = 4 + 4 * dimensions, bytes([0, 0, 8, dimensions])
     if data[:4] != magic or len(data) < head:
         packed = ": it is still compressed, and its name should end in .gz" if data[:2] == b"\x1f\x8b" else ""
@@ -179,36 +192,58 @@ def _idx(data: bytes, shown: str, dimensions: int) -> np.ndarray:
         raise _Damaged(f"{shown} is {wrong}: {len(data)} bytes, while its header ({sizes}) promises {promised}")
     if not shape[0] or shape[1:] not in ((), (28, 28)):
         raise _Damaged(f"{shown} holds {sizes}, and this data set has images of 28x28 and at least one")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    array = np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    return array[:, None] if dimensions == 3 else array
 
 
-def _cifar(source: Source, root: Path, stage: Path | None) -> RawData:
-    """CIFAR-10 as torchvision reads it, which opens no pickle but the published ones."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, extract_archive
+class _Arrays(pickle.Unpickler):
+    """Rebuilds arrays of numbers and nothing else: a plain pickle may run any code that its writer chose."""
 
-    folder = root / source.folder
-    published = {**dict(CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]: CIFAR10.meta["md5"]}
-    wrong = [file for file, md5 in published.items() if not check_integrity(folder / file, md5)]
-    for file in [file for file in wrong if (folder / file).exists()][:1]:
-        raise _Damaged(f"{folder / file} is not the published file (by its MD5), and a pickle is not opened on trust")
-    if wrong and stage is None:
-        raise FileNotFoundError(f"{', '.join(wrong)} missing")
-    if wrong:
-        if not (archive := root / CIFAR10.filename).is_file():
-            _fetch(source, CIFAR10.filename, stage)
-            archive = stage / CIFAR10.filename
-        _gunzip(archive)  # as a whole: reading it as a tar would stop before gzip's checksum at the very end
-        extract_archive(str(archive), str(stage))
-        for file in wrong:
-            if not check_integrity(stage / source.folder / file, published[file]):
-                raise _Damaged(f"{archive} does not hold the published {source.folder}/{file}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in wrong:
-            os.replace(stage / source.folder / file, folder / file)
-    halves = [CIFAR10(root, train=train) for train in (True, False)]
-    arrays = [a for h in halves for a in (h.data.transpose(0, 3, 1, 2), np.array(h.targets, dtype=np.int64))]
-    return RawData(*arrays, source.class_names)
+    def find_class(self, module, name):
+        shown = (np.empty(0), 2), (np.empty(0), 5), (np.int64(0), 2)
+        rebuild, buffer, scalar = (value.__reduce_ex__(protocol)[0] for value, protocol in shown)  # numpy's own
+        allowed = {
+            "numpy.ndarray": "only named: the class itself could be called on any memory",
+            "numpy.dtype": lambda kind, *_: np.dtype(re.fullmatch(r"[biu]\d", kind)[0], False, True),
+            "_codecs.encode": lambda text, _: text.encode("latin1"),
+            "multiarray._reconstruct": lambda _, *how: rebuild(np.ndarray, *how),
+            "multiarray.scalar": scalar,
+            "numeric._frombuffer": buffer,
+        }
+        key = re.sub(r"^numpy\._?core\.", "", f"{module}.{name}")
+        if key not in allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
+        return allowed[key]
+
+
+def _batch(data: bytes, shown: str) -> tuple[np.ndarray, np.ndarray]:
+    """A CIFAR batch of any size: images uint8 [N, 3, 32, 32] and labels int64 [N]."""
+    try:
+        content = _Arrays(io.BytesIO(data), encoding="latin1").load()
+        pixels, labels = (np.asarray(content.get(k, content.get(k.encode()))) for k in ("data", "labels"))
+    except Exception as error:  # a damaged pickle fails in any way that its opcodes can
+        raise _Damaged(f"{shown} is no batch of CIFAR's ({type(error).__name__}: {error})") from None
+    if (pixels.dtype, pixels.shape[1:], labels.dtype.kind in "iu", labels.ndim) != (np.uint8, (3072,), True, 1):
+        kinds = f"{pixels.dtype} {pixels.shape} and labels {labels.dtype} {labels.shape}"
+        raise _Damaged(f"{shown} holds data {kinds}; a batch has data uint8 (N, 3072) and labels of integers (N,)")
+    return _half(pixels.reshape(-1, 3, 32, 32), labels, shown)
+
+
+def _fetched(source: Source, missing: list[str], root: Path, stage: Path) -> dict[str, tuple[bytes, str]]:
+    """The missing files' content, and what an error should call each."""
+    if source.files is _IDX:
+        came = {file: _fetch(source, f"{file}.gz", stage) for file in missing}
+        return {file: (_gunzip(stage / f"{file}.gz"), f"{file} from {address}") for file, address in came.items()}
+    archive, name = root / _TAR, f"{source.folder}/%s"
+    if not archive.is_file():
+        _fetch(source, _TAR, stage)
+        archive = stage / _TAR
+    try:
+        # Unpacked as a whole: reading it as a tar would stop before gzip's checksum at the very end.
+        with tarfile.open(fileobj=io.BytesIO(_gunzip(archive))) as tar:
+            return {file: (tar.extractfile(name % file).read(), f"{file} of {archive}") for file in missing}
+    except (KeyError, AttributeError, tarfile.TarError) as error:
+        raise _Damaged(f"{archive} does not hold all of {', '.join(missing)} ({error})") from None
 
 
 def _fetch(source: Source, file: str, stage: Path) -> str:
@@ -269,10 +304,3 @@ def _gunzip(path: Path) -> bytes:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _text(record: Path) -> str:
-    text = record.read_text("utf-8") if record.is_file() else ""
-    if any(len(line.partition("  ")[0]) != 64 for line in text.splitlines()):
-        raise _Damaged(f"{record} is not a list of SHA-256 hashes")
-    return text
