@@ -5,6 +5,7 @@ each replica has images of its own. Scores are float64 arrays in percent, one nu
 :func:`~course_lib.evidence.statistics.mean` and :func:`~course_lib.evidence.statistics.difference`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -117,9 +118,8 @@ class Exemplars:
 def find_exemplars(before: Tensor, after: Tensor, labels: Tensor) -> Exemplars:
     """Compression-identified exemplars (Hooker et al. 2019, section 3.2): images whose most frequent answer changed.
 
-    Both populations [R, N] answer the same N images with equally many replicas: fewer replicas scatter more and would
-    make more exemplars by themselves. Where answers tie, an image counts only if no answer leads in both. Seeds alone
-    make some: count them between two populations that differ in nothing else.
+    Both populations [R, N] answer the same N images. Where answers tie, an image counts only if no answer leads in
+    both. Seeds alone make some exemplars: count them between two populations that differ in nothing else.
 
     >>> before = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 0, 5]])
     >>> after = torch.tensor([[1, 0, 5], [7, 0, 3], [1, 2, 3]])
@@ -142,10 +142,8 @@ def find_exemplars(before: Tensor, after: Tensor, labels: Tensor) -> Exemplars:
 def noise_curve(models: Iterable[nn.Module], split, severities: Sequence[float], *, seed: int = 0) -> np.ndarray:
     """Accuracy in percent [R, S] under Gaussian noise of S standard deviations, in units of the normalised images.
 
-    Every replica and severity meets the same draw, amplified, so that a curve has no jitter of its own.
-
-    Args:
-        split: something with ``images`` and ``labels``, or a sequence of them, one a replica.
+    Every replica and severity meets the same draw, amplified, so that a curve has no jitter of its own. ``split`` has
+    ``images`` and ``labels``, or is a sequence of such, one a replica.
     """
     models = list(models)
     splits = [split] * len(models) if hasattr(split, "images") else list(split)
@@ -197,10 +195,9 @@ def map_agreement(a: Tensor, b: Tensor) -> np.ndarray:
 
     if a.shape != b.shape or a.dim() < 2:
         raise ValueError(f"a and b must be maps of one shape [N, H, W], got {tuple(a.shape)} and {tuple(b.shape)}")
-    first, second = (stats.rankdata(maps.detach().double().flatten(1).numpy(), axis=1) for maps in (a, b))
-    first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that a constant map deserves
-        return (first * second).sum(axis=1) / np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+    pairs = zip(*(maps.detach().double().flatten(1).numpy() for maps in (a, b)), strict=True)
+    with warnings.catch_warnings(action="ignore"):  # of a constant map, which deserves its NaN
+        return np.array([stats.spearmanr(x, y).statistic for x, y in pairs])
 
 
 def _checked(labels: Tensor, *answers: Tensor) -> tuple[list[Tensor], Tensor]:

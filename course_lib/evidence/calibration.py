@@ -1,7 +1,6 @@
 """Does a probability mean what it says? Calibration error, reliability diagrams, and the one number that repairs most.
 
-Everything here looks at logits or probabilities that a finished model gave. What is fitted (a temperature, a bias) is
-fitted on *validation* data and then applied to test data unchanged.
+What is fitted (a temperature, a bias) is fitted on *validation* data and applied to test data unchanged.
 """
 
 import math
@@ -14,15 +13,8 @@ from torch.nn import functional as F
 
 from course_lib.gate import whole_number
 
-__all__ = [
-    "Reliability",
-    "brier_score",
-    "calibration_floor",
-    "expected_calibration_error",
-    "fit_class_bias",
-    "fit_temperature",
-    "reliability",
-]
+__all__ = ["Reliability", "brier_score", "calibration_floor", "expected_calibration_error", "fit_class_bias"]
+__all__ += ["fit_temperature", "reliability"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +40,12 @@ class Reliability:
 def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
     """Sort images into bins by confidence (their largest probability), and look how often each bin is right.
 
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
+
     Args:
-        probabilities: floating point ``[N, K]``, N ≥ 1, each row adding up to 1.
-        labels: int64 ``[N]``, from 0 to K − 1.
+        probabilities: floating point [N, K], N ≥ 1, each row adding up to 1; otherwise TypeError or ValueError.
+        labels: int64 [N], from 0 to K − 1.
         bins: number of bins of equal width, at least 1, closed on the right.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape or value; rows that are no distributions.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
 
     >>> diagram = reliability(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]), bins=2)
     >>> diagram.count.tolist(), diagram.accuracy.tolist()
@@ -78,13 +67,11 @@ def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> Rel
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over bins of confidence, weighted by how many images each holds.
+    """Mean gap between confidence and accuracy over bins of confidence, weighted by their images: in [0, 1].
 
-    A number in [0, 1]; 0 means that of the answers given with 80 % confidence 80 % are right, and so on. It depends on
-    ``bins``, and with few images it is above 0 even for a perfectly calibrated model. Arguments and errors are those of
-    :func:`reliability`.
-
-    Source: Naeini et al. 2015; with 15 bins Guo et al. 2017, equation 3.
+    At 0, of the answers given with 80 % confidence 80 % are right, and so on. It depends on ``bins``, and with few
+    images it is above 0 even for a perfectly calibrated model. Arguments as for :func:`reliability` (Naeini et al.
+    2015; with 15 bins Guo et al. 2017, equation 3).
 
     >>> expected_calibration_error(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))
     0.25
@@ -93,11 +80,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, bins: i
 
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean squared distance between probabilities and the truth as one-hot rows, in [0, 2]; a proper score.
-
-    Arguments and errors are those of :func:`reliability`.
-
-    Source: Brier 1950, "Verification of Forecasts Expressed in Terms of Probability".
+    """Mean squared distance between probabilities and the truth as one-hot rows, in [0, 2] (Brier 1950).
 
     >>> brier_score(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0]))
     0.25
@@ -109,15 +92,8 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
 def calibration_floor(probabilities: Tensor, *, bins: int = 15, draws: int = 100, seed: int = 0) -> float:
     """The mean expected calibration error that chance alone gives to these probabilities if they are exactly right.
 
-    Labels are drawn from the stated probabilities themselves, so that the model is calibrated by construction. An error
-    near this floor, which falls about like 1/√N, is no evidence of miscalibration.
-
-    Args:
-        probabilities, bins: as for :func:`reliability`, with its errors.
-        draws: simulated sets of labels, at least 1.
-        seed: of the simulation; torch's global generator is left alone.
-
-    Source: the consistency resampling of Bröcker & Smith 2007, "Increasing the Reliability of Reliability Diagrams".
+    Labels are drawn from the stated probabilities (Bröcker & Smith 2007), by ``draws`` simulations. An error near this
+    floor, which falls about like 1/√N, is no evidence of miscalibration. Torch's global generator is left alone.
 
     >>> calibration_floor(torch.full((100, 2), 0.5)) > calibration_floor(torch.full((10_000, 2), 0.5))
     True
@@ -134,22 +110,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T at which softmax(z / T) gives ``labels`` the highest likelihood.
 
     The mean negative log-likelihood is convex in 1/T, so its slope has one zero, which is found by bisection in
-    float64: no starting point, no learning rate, the same answer every time.
+    float64: no starting point, no learning rate, the same answer every time (Guo et al. 2017, section 4.2).
 
     Args:
-        logits: floating point ``[N, K]``, N ≥ 1, finite; a *validation* set's.
-        labels: int64 ``[N]``, from 0 to K − 1.
+        logits: floating point [N, K], N ≥ 1, finite; a *validation* set's.
+        labels: int64 [N], from 0 to K − 1.
 
     Returns:
         T > 0; above 1 the model was overconfident. The search spans a factor of 10,000 either side of the logits' own
-        spread (root mean square about each row's mean); its edge comes back where the likelihood has no maximum: the
-        lower one if every label has the largest logit, the upper one if the logits are worse than a guess. Logits that
-        are all equal give 1.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape or value.
-
-    Source: Guo et al. 2017, section 4.2, "temperature scaling".
+        spread; where the likelihood has no maximum the edge comes back: the lower one if every label has the largest
+        logit, the upper one if the logits are worse than a guess. Logits that are all equal give 1.
 
     >>> z = torch.tensor([[4.0, 0.0]]).expand(4, 2)
     >>> round(fit_temperature(z, torch.tensor([0, 0, 0, 1])), 4)  # 3 of 4 right: softmax(z / T) must say 0.75
@@ -175,17 +145,12 @@ def fit_class_bias(logits: Tensor, labels: Tensor, class_index: int) -> float:
     """The bias b that, added to the logit of one class, gives ``labels`` the highest likelihood.
 
     For a class that a student never saw: its bias has sunk, the features that tell it apart need not have. At the
-    optimum the class's mean probability equals its share among the labels.
+    optimum the class's mean probability equals its share among the labels (after Hinton, Vinyals & Dean 2015, section
+    3, who chose the bias by errors on the test set; this does not).
 
     Args:
-        logits: floating point ``[N, K]``, finite; a *validation* set's.
-        labels: int64 ``[N]``; both the class and others must occur.
-        class_index: from 0 to K − 1.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above; labels without the class or without any other.
-
-    Source: after Hinton, Vinyals & Dean 2015, section 3, who chose the bias by errors on the test set; this does not.
+        logits: floating point [N, K], finite; a *validation* set's.
+        labels: int64 [N]; both the class ``class_index`` and others must occur, or it is a ValueError.
 
     >>> z = torch.tensor([[0.0, 0.0]]).expand(4, 2)
     >>> round(fit_class_bias(z, torch.tensor([0, 0, 0, 1]), 0), 4)  # log(3/4 : 1/4)
@@ -219,28 +184,21 @@ def _distributions(probabilities: Tensor, labels: Tensor) -> Tensor:
     rows = _rows("probabilities", probabilities, labels)
     off = (rows.sum(dim=1) - 1).abs().max().item()
     if rows.min() < 0 or off > 1e-5 + 4 * rows.shape[1] * torch.finfo(probabilities.dtype).eps:
+        least = f"a minimum of {rows.min().item():g} and a sum that is off by {off:g}"
         raise ValueError(
-            f"probabilities must be at least 0 and add up to 1 in each row, got a minimum of {rows.min().item():g} and "
-            f"a sum that is off by {off:g}; are these logits?"
+            f"probabilities must be at least 0 and add up to 1 in each row, got {least}; are these logits?"
         )
     return rows
 
 
 def _rows(name: str, rows: Tensor, labels: Tensor) -> Tensor:
     """Finite rows ``[N, K]`` in float64, if there is one class index in range for each."""
-    for what, given, fits in (
-        (name, rows, Tensor.is_floating_point),
-        ("labels", labels, lambda t: t.dtype == torch.int64),
-    ):
-        if not isinstance(given, Tensor) or not fits(given):
-            kind = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-            need = "an int64 tensor [N] of class indices" if given is labels else "a floating-point tensor [N, K]"
-            raise TypeError(f"{what} must be {need}, got {kind}")
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or getattr(labels, "dtype", 0) != torch.int64:
+        kinds = " and ".join(str(getattr(given, "dtype", type(given).__name__)) for given in (rows, labels))
+        raise TypeError(f"{name} must be a floating-point tensor [N, K] and labels an int64 tensor [N], got {kinds}")
     if rows.dim() != 2 or not rows.numel() or labels.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{name} must be [N, K] with N >= 1 images and labels [N], got shapes {tuple(rows.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
+        shapes = f"{tuple(rows.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"{name} must be [N, K] with N >= 1 images and labels [N], got shapes {shapes}")
     if not rows.isfinite().all():
         raise ValueError(f"{name} must be finite, got {int((~rows.isfinite()).sum())} NaN or infinite values")
     if labels.min() < 0 or labels.max() >= rows.shape[1]:

@@ -41,15 +41,13 @@ class Claim:
     parts: tuple[dict, ...] = field(default=())
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        remark = f"; {self.note}" if self.note else ""
         aside = f" Expected, not seen: {self.expected}." if self.expected else ""
-        where = " (does not hold here)" if self.status == "not here" else ""
-        text = f"{MARKS[self.status]} {self.sentence}{where}"
+        sentence = self.sentence + (" (does not hold here)" if self.status == "not here" else "") + aside
+        measured, mark = self.measured + (f"; {self.note}" if self.note else ""), MARKS[self.status]
         return {
             MIME: {"claims": [asdict(self)]},
-            "text/html": f"<p><b>{MARKS[self.status]}</b> {html.escape(self.sentence)}{where}{html.escape(aside)} "
-            f"<i>{html.escape(self.measured + remark)}</i></p>",
-            "text/plain": f"{text}{aside} [{self.measured}{remark}]",
+            "text/html": f"<p><b>{mark}</b> {html.escape(sentence)} <i>{html.escape(measured)}</i></p>",
+            "text/plain": f"{mark} {sentence} [{measured}]",
         }
 
 
@@ -77,16 +75,9 @@ class Ledger:
         return list(self._claims.values())
 
     def claim(
-        self,
-        id: str,
-        sentence: str,
-        holds: Verdict | bool,
-        *,
-        measured: object = None,
-        expected: str = "",
-        hardware: str = "",
-        here: bool = True,
-    ) -> Claim:
+        self, id: str, sentence: str, holds: Verdict | bool, *,
+        measured: object = None, expected: str = "", hardware: str = "", here: bool = True,
+    ) -> Claim:  # fmt: skip
         """Record one claim.
 
         Args:

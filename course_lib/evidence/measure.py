@@ -33,9 +33,6 @@ def count_parameters(model: nn.Module, *, nonzero: bool = False) -> int:
 def sparsity(model: nn.Module) -> float:
     """Share of zeros, in [0, 1], among the weights that pruning is about: parameters of two or more dimensions.
 
-    Raises:
-        ValueError: the model has no such weight.
-
     >>> layer = nn.Linear(4, 2)
     >>> _ = layer.weight.data[:, :3].zero_()
     >>> sparsity(layer)
@@ -50,12 +47,11 @@ def sparsity(model: nn.Module) -> float:
 def count_macs(model: nn.Module, input_shape: tuple[int, ...] | Tensor) -> int:
     """Multiply-accumulate operations of one forward pass of one example.
 
-    Counted by running the model under ``torch.utils.flop_counter.FlopCounterMode`` (which counts two operations for a
-    multiply-accumulate): matrix products, convolutions and attention, recurrent and bilinear layers; not element-wise
-    work. Zeros in a weight are multiplied like any other number, so masking does not change the count.
+    Counted by torch's ``FlopCounterMode`` (two operations a multiply-accumulate): matrix products, convolutions and
+    attention, recurrent and bilinear layers; not element-wise work. A zero in a weight is multiplied like any number.
 
     Args:
-        model: a module that takes one tensor ``[1, *input_shape]``; its mode and weights stay as they are.
+        model: a module that takes one tensor [1, *input_shape]; its mode and weights stay as they are.
         input_shape: of one example, without the batch dimension, such as ``(1, 28, 28)``; or a batch of examples, of
             which the first is taken (for a model of tokens).
 
@@ -65,7 +61,6 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...] | Tensor) -> int:
 
     >>> count_macs(nn.Linear(100, 10), (100,))
     1000
-
     """
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -117,20 +112,14 @@ class _Watch(TorchDispatchMode):
             packed = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
             if packed or (any(found) and not all(found)):
                 weight = next(filter(None, found), "packed weights")
-                raise UnsupportedModel(
-                    f"cannot count the work of {name}, which applies {weight}: its operator is unknown"
-                )
+                raise UnsupportedModel(f"cannot count the work of {name}, which applies {weight}: nobody knows how")
         return func(*args, **(kwargs or {}))
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Length in bytes of the model's safetensors file, written, read back and found equal bit for bit.
+    """Length in bytes of the model's plain safetensors file, written, read back and found equal bit for bit.
 
-    This is the plain dense file, in the data type of each tensor: zeros take as much room as other numbers, and so do
-    float32 numbers that lie on a coarse grid.
-
-    Raises:
-        RuntimeError: what was read back is not what was written.
+    Zeros take as much room as other numbers, and so do float32 numbers that lie on a coarse grid.
 
     >>> stored_bytes(nn.Linear(100, 10)) - 4 * 1010 < 300
     True
@@ -142,16 +131,11 @@ def stored_bytes(model: nn.Module) -> int:
         save_model(model, str(path))
         size, again = path.stat().st_size, load_file(path)
     for name, tensor in model.state_dict().items():
-        # A tensor shared by two names is stored once.
-        if name in again and not _same_bits(again[name], tensor.cpu()):
+        # A tensor shared by two names is stored once. Bits are compared, for NaN is not equal to itself.
+        one, two = (t.cpu().contiguous().reshape(-1) for t in (again.get(name, tensor), tensor))
+        if one.dtype != two.dtype or not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
             raise RuntimeError(f"{name} was not read back as it was written")
     return size
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return a.numel() == 0 or torch.equal(a.reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -189,31 +173,18 @@ class LatencyTable(dict[str, Latency]):
 
 
 def compare_latency(
-    variants: Mapping[str, nn.Module | str | Path | Callable],
-    example: Tensor,
-    *,
-    rounds: int = 15,
-    warmup: int = 3,
-    threads: int = 1,
-    sample_seconds: float = 0.005,
-) -> LatencyTable:
+    variants: Mapping[str, nn.Module | str | Path | Callable], example: Tensor, *,
+    rounds: int = 15, warmup: int = 3, threads: int = 1, sample_seconds: float = 0.005,
+) -> LatencyTable:  # fmt: skip
     """Time variants against each other, in turn, so that a machine's moods hit all of them alike.
 
     Args:
         variants: name → a module (exported to ONNX and run by ONNX Runtime on the CPU), the path of an ``.onnx`` file
             (run likewise), or any other callable (called as ``f(example)``).
-        example: the input ``[N, ...]`` float32.
-        rounds: how often all variants are timed, one after another, each round in another order.
-        warmup: rounds that do not count.
+        example: the input [N, ...] float32.
+        rounds: how often all variants are timed, one after another, after ``warmup`` rounds that do not count.
         threads: of ONNX Runtime, and of torch while this runs.
         sample_seconds: a variant is called as often in a row as fills about this long; a sample is the mean of those.
-
-    Returns:
-        A :class:`LatencyTable` in the order of ``variants``.
-
-    Raises:
-        ValueError: no variants, fewer than two rounds, no threads; a file that is not there.
-        TypeError: a variant that is none of the above.
     """
     if not variants:
         raise ValueError("variants is empty: give {name: model}")
@@ -223,8 +194,7 @@ def compare_latency(
     try:
         calls = {name: _callable(name, variant, example, threads) for name, variant in variants.items()}
         repeats = {name: _repeats(call, sample_seconds) for name, call in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        names = list(calls)
+        names, samples = list(calls), {name: [] for name in calls}
         for turn in range(warmup + rounds):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
@@ -237,11 +207,7 @@ def compare_latency(
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Write ``model`` in eval mode as an ONNX file whose batch size is free; returns ``path``.
-
-    Args:
-        example: an input ``[N, ...]``; only its shape after the first dimension and its data type matter.
-    """
+    """Write ``model`` in eval mode as an ONNX file for inputs like ``example`` [N, ...], whose batch size is free."""
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -264,8 +230,7 @@ def onnx_session(source: str | Path | bytes, *, threads: int = 1):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     data = source if isinstance(source, bytes) else str(source)
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

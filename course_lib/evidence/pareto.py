@@ -20,15 +20,12 @@ _FAINT = 0.4
 def pareto_front(costs, gains) -> np.ndarray:
     """Mask [P] of the points that no other point dominates.
 
-    One point dominates another if it costs no more in any cost, gains no less in any gain, and differs in at least one.
-    Exact duplicates do not dominate each other: both are on the front, or neither.
+    One point dominates another if it costs no more in any cost, gains no less in any gain, and differs in at least one:
+    of exact duplicates both are on the front, or neither.
 
     Args:
-        costs: [P], or [P, C] for several (bytes, MACs, ...); less is better.
+        costs: [P], or [P, C] for several (bytes, MACs, ...); less is better. Infinity is a value like others, NaN none.
         gains: [P] or [P, G] (accuracy, ...); more is better.
-
-    Raises:
-        ValueError: no point, NaN, or costs and gains of different lengths. (Infinity is a value like others.)
 
     >>> pareto_front([1, 2, 3, 3], [0.90, 0.95, 0.95, 0.99]).tolist()
     [True, True, False, True]
@@ -81,9 +78,7 @@ def draw_pareto(
     """
     costs = table[cost].to_numpy(dtype=float)
     if not (np.isfinite(costs) & (costs > 0)).all():
-        raise ValueError(
-            f"{cost} must be finite and above 0 for a logarithmic axis, got {costs.min()} to {costs.max()}"
-        )
+        raise ValueError(f"{cost} must be finite and above 0 for a log axis, got {costs.min()} to {costs.max()}")
     spans = [mean_interval(score) for score in table["score"]]
     means = np.array([span.mean for span in spans])
     front, shown = pareto_front(costs, means), np.maximum(means, floor)

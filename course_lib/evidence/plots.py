@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,20 +12,12 @@ from course_lib.evidence.statistics import mean_interval
 
 __all__ = ["COLORS", "band", "heat_map", "plot_curves", "plot_scores", "show", "use_style"]
 
-COLORS = {
-    "blue": "#0072B2",
-    "orange": "#E69F00",
-    "green": "#009E73",
-    "vermillion": "#D55E00",
-    "purple": "#CC79A7",
-    "sky": "#56B4E9",
-    "black": "#000000",
-    "yellow": "#F0E442",
-    "grey": "#7F7F7F",
-}
+_NAMES = "blue orange green vermillion purple sky black yellow grey"
+_CODES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000 #F0E442 #7F7F7F"
+COLORS = dict(zip(_NAMES.split(), _CODES.split(), strict=True))
 """Okabe and Ito's palette (2008), and a grey for what only serves as a background."""
 
-MARKERS = "osD^vPX*"
+CYCLE, MARKERS = list(COLORS.values())[:7], "osD^vPX*"
 
 
 def use_style() -> None:
@@ -32,33 +25,20 @@ def use_style() -> None:
     import matplotlib as mpl
     from cycler import cycler
 
-    mpl.rcParams.update(
-        {
-            "axes.prop_cycle": cycler(color=list(COLORS.values())[:7]),
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 12,
-            "axes.labelsize": 11,
-            "figure.constrained_layout.use": True,
-            "figure.dpi": 90,
-            "figure.figsize": (7.5, 3.6),
-            "font.size": 10.5,
-            "grid.alpha": 0.3,
-            "legend.frameon": False,
-            "lines.linewidth": 2.0,
-        }
-    )
+    mpl.rc("axes", prop_cycle=cycler(color=CYCLE), grid=True, axisbelow=True, titlesize=12, labelsize=11)
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc("figure", dpi=90, figsize=(7.5, 3.6))
+    mpl.rc("figure.constrained_layout", use=True)
+    mpl.rc("font", size=10.5)
+    mpl.rc("grid", alpha=0.3)
+    mpl.rc("legend", frameon=False)
+    mpl.rc("lines", linewidth=2.0)
 
 
 def show(figure, *, alt: str) -> None:
-    """Display ``figure`` with the alternative text ``alt``, and close it.
+    """Display ``figure`` with the alternative text ``alt``, a sentence for who cannot see the picture, and close it.
 
     It is stored as an HTML image: JupyterLab shows no alternative text of a bare PNG.
-
-    Raises:
-        ValueError: ``alt`` says next to nothing; a reader who cannot see the picture needs a sentence.
     """
     if len(alt.split()) < 4:
         raise ValueError(f"alt must be a sentence that says what the picture shows, got {alt!r}")
@@ -78,7 +58,7 @@ def plot_scores(scores: Mapping[str, Sequence[float]], *, xlabel: str = "test ac
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7.5, 0.9 + 0.55 * len(scores)))
-    for row, (values, color) in enumerate(zip(scores.values(), _colors(len(scores)), strict=True)):
+    for row, (values, color) in enumerate(zip(scores.values(), itertools.cycle(CYCLE), strict=False)):
         dots(ax, row, values, color)
     ax.set_yticks(range(len(scores)), list(scores))
     ax.set(ylim=(len(scores) - 0.5, -0.6), xlabel=xlabel, title=title)
@@ -122,7 +102,7 @@ def plot_curves(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots() if ax is None else (ax.figure, ax)
-    for (name, samples), marker in zip(curves.items(), MARKERS * (1 + len(curves) // len(MARKERS)), strict=False):
+    for (name, samples), marker in zip(curves.items(), itertools.cycle(MARKERS), strict=False):
         band(axes, x, samples, label=name, marker=marker, markersize=5)
     for name, height in (line or {}).items():
         axes.axhline(height, color="black", linestyle="--", linewidth=1, label=name)
@@ -133,11 +113,7 @@ def plot_curves(
 
 
 def band(ax, x, samples, *, label: str | None = None, color: str | None = None, level: float = 0.95, **line):
-    """Draw the mean of ``samples`` [replicas, len(x)] over ``x`` and its t interval at ``level`` as a band.
-
-    Raises:
-        ValueError: ``samples`` is not a table with one row a replica (at least two) and one column for each ``x``.
-    """
+    """Draw the mean of ``samples`` [replicas ≥ 2, len(x)] over ``x`` and its t interval at ``level`` as a band."""
     x, samples = np.asarray(x, dtype=float), np.asarray(samples, dtype=float)
     if samples.ndim != 2 or samples.shape[1] != len(x) or len(samples) < 2:
         raise ValueError(f"samples must have shape [replicas >= 2, {len(x)}], a column for each x; got {samples.shape}")
@@ -149,11 +125,7 @@ def band(ax, x, samples, *, label: str | None = None, color: str | None = None, 
 
 
 def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) -> None:
-    """Draw ``values`` [rows, columns] as coloured cells with their numbers, the largest marked by a star.
-
-    Raises:
-        ValueError: ``values`` is no table with one row and one column for each label.
-    """
+    """Draw ``values`` [len(rows), len(columns)] as coloured cells with their numbers, the largest marked by a star."""
     values = np.asarray(values, dtype=float)
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"values must have shape ({len(rows)}, {len(columns)}) to fit the labels, got {values.shape}")
@@ -166,8 +138,3 @@ def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) 
     ax.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
     ax.set_yticks(range(len(rows)), [f"{r:g}" if isinstance(r, float) else r for r in rows])
     ax.grid(False)
-
-
-def _colors(count: int) -> list[str]:
-    names = list(COLORS.values())[:7]
-    return [names[i % len(names)] for i in range(count)]

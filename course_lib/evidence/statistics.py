@@ -1,13 +1,17 @@
 """Intervals: how sure a handful of replicas makes us, and whether a difference is more than their scatter."""
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partialmethod
 
 import numpy as np
 
 __all__ = ["Interval", "Verdict", "difference", "exactly", "mean", "mean_interval", "paired_difference"]
 __all__ += ["proportion_interval", "ratio", "ratio_interval"]
+
+RELATIONS = {">": operator.gt, "≥": operator.ge, "<": operator.lt, "≤": operator.le}
 
 
 @dataclass(frozen=True)
@@ -40,36 +44,30 @@ class Interval:
         """Whether ``value`` lies outside the interval."""
         return not self.low <= value <= self.high
 
-    def __gt__(self, bound: float) -> "Verdict":
-        return Verdict.of(self, ">", bound)
+    def _judged(self, relation: str, bound: float) -> "Verdict":
+        low, high = (RELATIONS[relation](end, bound) for end in (self.low, self.high))
+        status = "held" if low and high else "undecided" if low or high else "not"
+        return Verdict(status, ((self, relation, float(bound)),))
 
-    def __ge__(self, bound: float) -> "Verdict":
-        return Verdict.of(self, "≥", bound)
-
-    def __lt__(self, bound: float) -> "Verdict":
-        return Verdict.of(self, "<", bound)
-
-    def __le__(self, bound: float) -> "Verdict":
-        return Verdict.of(self, "≤", bound)
+    __gt__, __ge__ = partialmethod(_judged, ">"), partialmethod(_judged, "≥")
+    __lt__, __le__ = partialmethod(_judged, "<"), partialmethod(_judged, "≤")
 
     def __format__(self, spec: str) -> str:
-        spec = spec or self._spec()
+        exact = self.n == 1 and self.low == self.high
+        if not spec and exact:
+            spec = ",.0f" if float(self.mean).is_integer() else ".3g"
+        elif not spec:  # as many decimals as the half width is worth: one or two of its digits
+            decimals = 1 if self.half_width >= 0.1 else math.ceil(-math.log10(self.half_width or 1e-2))
+            spec = f",.{0 if self.half_width >= 10 else min(decimals, 6)}f"
         scale, spec, unit = (100, spec[:-1] + "f", " %") if spec.endswith("%") else (1, spec, self.unit)
         unit = unit if unit in ("", "×", " %") else f" {unit}"
         value = f"{scale * self.mean:{spec}}"
-        if self.n == 1 and self.low == self.high:
+        if exact:
             return value + unit
         return f"{value} ± {scale * self.half_width:{spec.lstrip('+')}}{unit}"
 
     def __str__(self) -> str:
         return format(self)
-
-    def _spec(self) -> str:
-        """As many decimals as the half width is worth: one or two of its digits."""
-        if self.n == 1 and self.low == self.high:
-            return ",.0f" if float(self.mean).is_integer() else ".3g"
-        decimals = 1 if self.half_width >= 0.1 else math.ceil(-math.log10(self.half_width or 1e-2))
-        return f",.{0 if self.half_width >= 10 else min(decimals, 6)}f"
 
 
 @dataclass(frozen=True)
@@ -84,18 +82,6 @@ class Verdict:
 
     status: str
     parts: tuple[tuple[Interval, str, float], ...]
-
-    @classmethod
-    def of(cls, interval: Interval, relation: str, bound: float) -> "Verdict":
-        holds: Callable[[float], bool] = {
-            ">": lambda x: x > bound,
-            "≥": lambda x: x >= bound,
-            "<": lambda x: x < bound,
-            "≤": lambda x: x <= bound,
-        }[relation]
-        low, high = holds(interval.low), holds(interval.high)
-        status = "held" if low and high else "undecided" if low or high else "not"
-        return cls(status, ((interval, relation, float(bound)),))
 
     def __bool__(self) -> bool:
         return self.status == "held"
@@ -120,14 +106,10 @@ def mean_interval(
     """Interval of the mean of independent values, one a replica.
 
     Args:
-        values: at least two finite numbers, any sequence or 1-D array.
+        values: at least two finite numbers, any sequence or 1-D array; otherwise ValueError.
         level: confidence in (0, 1).
         method: ``"t"``, Student's interval (right for values that scatter like a bell, close enough for most others
             from about ten on), or ``"bootstrap"``, BCa (Efron 1987), for skewed values.
-        resamples, seed: of the bootstrap.
-
-    Raises:
-        ValueError: fewer than two values, a value that is not finite, a level outside (0, 1), an unknown method.
 
     >>> interval = mean_interval([1.0, 2.0, 3.0, 4.0])
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
@@ -155,15 +137,10 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 
 
     Pairing takes out what a replica's luck does to both, so the interval is often far narrower than two intervals.
 
-    Raises:
-        ValueError: the two have different lengths, or what :func:`mean_interval` refuses.
-
     >>> paired_difference([3.0, 4.0, 5.0], [2.0, 3.0, 4.0]).mean
     1.0
     """
-    first, second = _flat(a), _flat(b)
-    if first.shape != second.shape:
-        raise ValueError(f"{len(first)} and {len(second)} values do not make pairs: give the same replicas, in order")
+    first, second = _pairs(a, b)
     return mean_interval(first - second, level=level, method=method)
 
 
@@ -176,7 +153,6 @@ def proportion_interval(successes: int, trials: int, *, level: float = 0.95) -> 
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"successes must be in 0..trials and trials above 0, got {successes!r} of {trials!r}")
-    _check_level(level)
     from scipy import stats
 
     found = stats.binomtest(int(successes), int(trials)).proportion_ci(level, method="wilson")
@@ -190,16 +166,13 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *
     needs no division of single pairs, of which one may have next to no gap; and it need not be symmetric.
 
     Raises:
-        ValueError: the two have different lengths; the mean of the denominators cannot be told from 0, so that any
-            ratio fits; or what :func:`mean_interval` refuses.
+        ValueError: the mean of the denominators cannot be told from 0, so that any ratio fits; no pairs.
 
     >>> interval = ratio_interval([3.0, 5.0, 4.0, 4.4], [4.0, 6.0, 5.0, 5.0])
     >>> round(interval.mean, 2), round(interval.low, 2), round(interval.high, 2)
     (0.82, 0.72, 0.89)
     """
-    y, x = _checked(numerators, level), _checked(denominators, level)
-    if len(y) != len(x):
-        raise ValueError(f"{len(y)} and {len(x)} values do not make pairs: give the same replicas, in one order")
+    y, x = (_checked(values, level) for values in _pairs(numerators, denominators))
     from scipy import stats
 
     quantile = float(stats.t.ppf((1 + level) / 2, len(y) - 1))
@@ -243,24 +216,22 @@ def exactly(value: float, unit: str = "") -> Interval:
     return Interval(float(value), float(value), float(value), unit=unit)
 
 
-def _flat(values: Sequence[float]) -> np.ndarray:
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1:
-        raise ValueError(f"values must be a sequence of numbers, got an array of shape {data.shape}")
-    return data
+def _pairs(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"{len(first)} and {len(second)} values do not make pairs: give the same replicas, in order")
+    return first, second
 
 
 def _checked(values: Sequence[float], level: float) -> np.ndarray:
-    data = _flat(values)
-    _check_level(level)
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1:
+        raise ValueError(f"values must be a sequence of numbers, got an array of shape {data.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, such as 0.95; got {level!r}")
     if len(data) < 2:
         raise ValueError(f"an interval needs at least two values, got {len(data)}: one seed says nothing")
     if not np.isfinite(data).all():
         where = int(np.argmin(np.isfinite(data)))
         raise ValueError(f"every value must be finite, got {data[where]} at {where}")
     return data
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, such as 0.95; got {level!r}")

@@ -18,15 +18,10 @@ __all__ = ["compare", "show_source"]
 
 
 def compare(
-    scores: Mapping[str, np.ndarray],
-    against: str | None = None,
-    *,
-    value: str = "test accuracy (%)",
-    unit: str = "points",
-    decimals: int = 1,
-    covers: str = "",
-) -> "pandas.DataFrame":
-    """A table of score arrays: each mean with its 95 % interval, and the paired difference against one of them.
+    scores: Mapping[str, np.ndarray], against: str | None = None, *, value: str = "test accuracy (%)",
+    unit: str = "points", decimals: int = 1, covers: str = "",
+) -> "pandas.DataFrame":  # fmt: skip
+    """A DataFrame of texts, one row a name: each mean with its 95 % interval, and the paired difference to one.
 
     Args:
         scores: name -> array [R], one number a replica, in the same order for all.
@@ -34,9 +29,6 @@ def compare(
         value: heading of the means; ``unit`` that of the differences.
         decimals: digits after the point.
         covers: what ± covers, for the corner of the table; by default what the current lesson's replicas differ in.
-
-    Returns:
-        A DataFrame of texts, one row a name.
 
     >>> compare({"a": [97.0, 98.0], "b": [96.0, 96.5]}, against="b").loc["a"].tolist()
     ['97.5 ± 6.4', '+1.2 ± 3.2']
@@ -54,17 +46,13 @@ def compare(
     table = pd.DataFrame.from_dict(rows, orient="index")
     counts = sorted({len(values) for values in scores.values()})
     replicas = f"{'/'.join(map(str, counts))} replicas, 95 %"
-    covers = covers or _covers()
+    covers = covers or (COVERS[-1] if COVERS else "")
     table.columns.name = replicas + (f", ± covers {covers}" if covers else "")
     return table
 
 
 COVERS: list[str] = []
 """What the replicas of the current lesson differ in; set by the lesson, read by :func:`compare`."""
-
-
-def _covers() -> str:
-    return COVERS[-1] if COVERS else ""
 
 
 @dataclass(frozen=True)

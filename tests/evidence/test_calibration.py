@@ -161,7 +161,7 @@ P, Y = torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])
     [
         ([[0.5, 0.5]], Y, TypeError, "got list"),
         (P.long(), Y, TypeError, "floating-point tensor"),
-        (P, Y.float(), TypeError, "labels must be an int64 tensor .* got dtype torch.float32"),
+        (P, Y.float(), TypeError, "labels an int64 tensor .* and torch.float32"),
         (P[0], Y, ValueError, r"must be \[N, K\]"),
         (P[:0], Y[:0], ValueError, r"N >= 1 .* got shapes \(0, 2\)"),
         (P, Y[:3], ValueError, r"shapes \(4, 2\) and \(3,\)"),
