@@ -23,6 +23,7 @@ from course_lib.files import source_hash
 from course_lib.gate import share_of, weight_layers, whole_number
 from course_lib.lab.checkpoints import train_or_load
 from course_lib.lab.data import DataSplits, Split, Splits
+from course_lib.lab.lesson import Lesson
 from course_lib.lab.models import build_model
 from course_lib.lab.replicas import train_many
 from course_lib.lab.training import TrainConfig, accuracy
@@ -202,6 +203,18 @@ class Bench:
     folder: Path | None = None
     dry: bool = False  # makes the architectures without training: what a checkpoint is loaded into
 
+    @classmethod
+    def of(cls, lesson: Lesson) -> "Bench":
+        """The bench that the lessons of chapter 06 share: what one of them has trained, the others find."""
+        small = lesson.dataset == "digits"
+        prune, share, batch, teacher = (8, 4, 32, "cnn_teacher") if small else (6, 3, 64, "lenet5")
+        recipe = Recipe(
+            prune=TrainConfig(epochs=prune, batch_size=batch, schedule="constant"),
+            settle=TrainConfig(epochs=prune, batch_size=batch),
+            share=TrainConfig(epochs=share, batch_size=batch, lr=1e-3),
+        )
+        return cls(lesson.data, lesson.seeds, teacher=teacher, recipe=recipe)
+
     def networks(self, family: str, level: object = None) -> Models:
         """The networks of one family, one a seed, from the cache if they were trained before."""
         if family not in FAMILIES:
@@ -296,7 +309,9 @@ def _qat(bench: Bench, models: Models, bits: int | Sequence[int], **options) -> 
 def _student(bench: Bench, name: str, taught: bool) -> Models:
     # A rate that suits 8×8 pixels kills units that sum over hundreds of them.
     lr = 1e-2 * min(1.0, 8 / bench.data.input_shape[1])
-    return bench.train(bench.build(name), taught=taught, config=replace(bench.recipe.settle, batch_size=64, lr=lr))
+    settle = bench.recipe.settle  # a network that starts from nothing needs longer than one that recovers
+    config = replace(settle, epochs=2 * settle.epochs, batch_size=64, lr=lr)
+    return bench.train(bench.build(name), taught=taught, config=config)
 
 
 def _shared(bench: Bench, level: tuple[float, int]) -> Models:
@@ -306,7 +321,7 @@ def _shared(bench: Bench, level: tuple[float, int]) -> Models:
 FAMILIES: dict[str, Callable[[Bench, object], Models]] = {
     "dense": lambda b, _: b.train(b.build(), epochs=15),
     "dense, as long": lambda b, _: b.stage(train_as_long, b.networks("dense")),
-    "teacher": lambda b, _: b.train(b.build(b.teacher), epochs=6),
+    "teacher": lambda b, _: b.train(b.build(b.teacher), epochs=4),
     "pruned": lambda b, sparsity: b.stage(prune_gradually, b.networks("dense"), sparsity=sparsity),
     "neurons removed": lambda b, share: b.train(
         [_narrow(m, share) for m in b.networks("dense")], config=b.recipe.settle

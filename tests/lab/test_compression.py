@@ -24,6 +24,7 @@ from course_lib.lab.compression import (
     write_engine_files,
 )
 from course_lib.lab.data import load_replicas
+from course_lib.lab.lesson import Lesson
 from course_lib.lab.models import build_model
 from course_lib.lab.replicas import train_many
 from course_lib.lab.training import TrainConfig, accuracy
@@ -211,6 +212,17 @@ def test_networks_are_trained_once(bench, monkeypatch):
         assert network(image).isfinite().all()
     with pytest.raises(ValueError, match="unknown family 'zip'"):
         bench.networks("zip")
+
+
+def test_a_lesson_s_bench_has_its_data_and_seeds_and_short_trainings():
+    lesson = Lesson("06.1", replicas=2, quiet=True)
+    shared = Bench.of(lesson)
+    assert shared.data is lesson.data
+    assert shared.seeds is lesson.seeds
+    assert (shared.net, shared.teacher) == ("lenet300", "cnn_teacher")
+    steps = [getattr(shared.recipe, stage).epochs for stage in ("prune", "settle", "share")]
+    assert steps == [8, 8, 4]
+    assert (shared.recipe.sparsity, shared.recipe.bits, shared.recipe.prune.schedule) == (0.92, 4, "constant")
 
 
 def test_a_changed_recipe_or_start_trains_anew(bench):
