@@ -51,12 +51,12 @@ def plot_pareto(table: "pandas.DataFrame", costs: Mapping[str, str], *, alt: str
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs) + 1, 4.4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs) + 2, 4.9), sharey=True, squeeze=False)
     for ax, (cost, xlabel) in zip(axes[0], costs.items(), strict=True):
         draw_pareto(ax, table, cost, xlabel=xlabel, **options)
         options["ylabel"] = ""
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 2 + 2 * len(costs)))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + 2 * len(costs)))
     figure.suptitle(title)
     show(figure, alt=alt)
 
@@ -83,11 +83,13 @@ def draw_pareto(
     means = np.array([span.mean for span in spans])
     front, shown = pareto_front(costs, means), np.maximum(means, floor)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.xaxis.set_minor_formatter("")  # its numbers run into each other within a decade
     order = [i for i in np.lexsort((means, costs)) if front[i]]
     corners = [*costs[order], costs.max() * 1.3], [*shown[order], shown[order[-1]]]
     ax.step(*corners, where="post", color="0.35", linewidth=1.2, zorder=1.5, label="front of the means")
     for number, family in enumerate(table["family"].unique()):
-        color, marker = COLORS[_HUES[number % len(_HUES)]], MARKERS[number % len(MARKERS)]
+        color = COLORS[_HUES[number % len(_HUES)]]
+        marker = MARKERS[(number + number // len(_HUES)) % len(MARKERS)]  # the ninth has the first's colour alone
         rows = [i for i in np.argsort(costs, kind="stable") if table["family"].iloc[i] == family]
         ax.plot(costs[rows], shown[rows], color=color, linewidth=0.8, alpha=_FAINT)
         ax.plot([], [], color=color, marker=marker, linewidth=0.8, label=family)
