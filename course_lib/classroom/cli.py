@@ -5,32 +5,23 @@ import contextlib
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from timeit import timeit
 
 from course_lib.classroom import reports
 from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_folder
 
 __all__ = ["main"]
 
-EXAMPLES = """examples:
-  python -m course_lib run                                   every lesson on the embedded digits
-  python -m course_lib run 02 05.1 --dataset mnist --jobs 2  a chapter and a lesson on MNIST, two at once
-  python -m course_lib run 03 --seed 3 -p NAME=VALUE         any parameter of a lesson's parameters cell
-  python -m course_lib run --resume                          go on after an interruption
-"""
+EXAMPLE = "For instance `run 02 05.1 --dataset mnist --jobs 2`: a chapter and a lesson on MNIST, two at once."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        0 for success; 1 if a lesson, a claim or a check failed; 2 for something to correct in what was asked; 130
-        after Ctrl-C (128 + the signal's number).
-    """
+    """Run one command: 0 for success; 1 if a lesson, a claim or a check failed; 2 for something to correct in what was
+    asked; 128 + the signal's number after one, such as 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         # A console without Greek letters shows a question mark instead of ending the run.
         with contextlib.suppress(AttributeError, ValueError):
@@ -65,10 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m course_lib",
-        description="A course on neural-network compression: run its lessons, see what they prove.",
-    )
+    told = "A course on neural-network compression: run its lessons, see what they prove."
+    parser = argparse.ArgumentParser(prog="python -m course_lib", description=told)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, action: Callable, help: str, **more) -> argparse.ArgumentParser:
@@ -79,8 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = command("list", _list, "the lessons: article sections, reading and run time")
     listing.add_argument("--paths", action="store_true", help="only their paths")
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
-    run = command("run", _run, "execute lessons and count their claims; exit code 1 if one fails", **raw)
+    run = command("run", _run, "execute lessons and count their claims; exit code 1 if one fails", epilog=EXAMPLE)
     again = command("replicate", _replicate, "run lessons under several seeds and tell in docs/claims.md what held")
     for made in (run, again):
         made.add_argument("lessons", nargs="*", metavar="LESSON", help="02, 02.4, pruning ... (default: all)")
@@ -94,17 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--store", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
     run.add_argument("--timeout", type=int, default=3600, metavar="S", help="seconds for a cell (3600; 0: no limit)")
     again.add_argument("--seeds", default="0 1 2 3 4", help="one run each (default: %(default)s)")
-    claims = command(
-        "claims",
-        _elsewhere("reports", "show_claims", "paths", "notebooks", "as_json"),
-        "every claim and what was measured; exit code 1 if one is false",
-    )
+    action = _elsewhere("reports", "show_claims", "paths", "notebooks", "as_json")
+    claims = command("claims", action, "every claim and what was measured; exit code 1 if one is false")
     claims.add_argument("paths", nargs="*", type=Path, help="notebooks, folders (default: the newest run)")
     claims.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
     command("practice", _elsewhere("practice", "main"), "the practice notebooks: generate, grade", add_help=False)
-    doctor = command(
-        "doctor", _elsewhere("doctor", "examine", "fast"), "check this installation and say how to mend it"
-    )
+    action = _elsewhere("doctor", "examine", "fast")
+    doctor = command("doctor", action, "check this installation and say how to mend it")
     doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel and reading data sets")
     command("bench", _bench, "batched training and kd_loss against the usual ways, side by side")
     readme = command("readme", _readme, "put a picture and a claim of each chapter into README.md")
@@ -182,19 +166,12 @@ def _bench(options, rest) -> int:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     met = True
     for name, (slow, fast, calls, bound) in bench_pairs().items():
-        ratios = []
-        for _ in range(4):  # in turn, so that a busy moment hits both
-            seconds = []
-            for way in (slow, fast):
-                started = time.perf_counter()
-                for _ in range(calls):
-                    way()
-                seconds.append(time.perf_counter() - started)
-            ratios.append(seconds[0] / seconds[1])
-        ratio = statistics.median(ratios[1:])  # the first warms up
-        met &= ratio >= bound if bound > 2 else ratio <= bound
-        wanted = f"at {'least' if bound > 2 else 'most'} {bound:g}x is wanted"
-        print(f"{name}: {ratio:.2f}x ({min(ratios[1:]):.2f} to {max(ratios[1:]):.2f}); {wanted}", flush=True)
+        # In turn, so that a busy moment hits both; the first warms up.
+        ratios = [timeit(slow, number=calls) / timeit(fast, number=calls) for _ in range(4)][1:]
+        ratio, least = statistics.median(ratios), bound > 2
+        met &= ratio >= bound if least else ratio <= bound
+        wanted = f"at {'least' if least else 'most'} {bound:g}x is wanted"
+        print(f"{name}: {ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}); {wanted}", flush=True)
     return 0 if met else 1
 
 
@@ -235,11 +212,9 @@ def bench_pairs() -> dict[str, tuple[Callable, Callable, int, float]]:
         soft = kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
         0.5 * cross_entropy(student, labels) + 0.5 * 16 * soft
 
-    pairs = {
-        f"{name}, a loop over {len(seeds)} trainings against one batched pass": (
-            partial(loop, name), partial(batched, name), 1, bound
-        )
-        for name, bound in (("mlp32", 8.0), ("cnn_student", 3.0))
-    }  # fmt: skip
+    pairs = {}
+    for name, bound in (("mlp32", 8.0), ("cnn_student", 3.0)):
+        told = f"{name}, a loop over {len(seeds)} trainings against one batched pass"
+        pairs[told] = partial(loop, name), partial(batched, name), 1, bound
     ours = partial(kd_loss, student, teacher, labels, temperature=4.0, alpha=0.5)
     return pairs | {"kd_loss against the bare formula": (ours, bare, 500, 1.3)}

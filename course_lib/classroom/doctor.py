@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import platform
 import shutil
@@ -33,8 +32,7 @@ Finding = tuple[str, str, str, str]
 def examine(*, fast: bool = False) -> int:
     """Run every check and print the findings as they come; 1 if one is to be mended, else 0.
 
-    Args:
-        fast: leave out what takes seconds: starting a kernel, reading the data sets that are there.
+    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there.
     """
     warnings.simplefilter("ignore")  # of the tools about themselves, such as a home that cannot be written
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
@@ -43,9 +41,8 @@ def examine(*, fast: bool = False) -> int:
         try:
             for status, name, told, mend in check():
                 counts[status] += 1
-                print(
-                    f"{status:5} {name:12} {' '.join(told.split())}" + f"\n{'':18} -> {mend}" * bool(mend), flush=True
-                )
+                arrow = f"\n{'':18} -> {mend}" if mend else ""
+                print(f"{status:5} {name:12} {' '.join(told.split())}{arrow}", flush=True)
         except Exception as error:
             counts[FAIL] += 1
             print(f"{FAIL:5} {check.__name__[1:]:12} {type(error).__name__}: {error}\n{'':18} -> make setup")
@@ -59,30 +56,33 @@ def without_torch(system: str, machine: str, libc: str, bits: int) -> str:
     >>> without_torch("Linux", "x86_64", "glibc", 64)
     ''
     """
-    else_read = "or read the stored outputs, for which nothing is needed"
+    told = ""
     if bits < 64:
-        return f"torch has no build for a 32-bit Python: install a 64-bit one, {else_read}"
-    if system == "Darwin" and machine == "x86_64":
-        return (
-            "torch 2.3 and newer have no build for Intel Macs: use Binder or a Linux container, "
-            f"{else_read} (on Apple silicon, install Python for arm64: this one runs under Rosetta)"
-        )
-    if system == "Linux" and (libc != "glibc" or machine not in ("x86_64", "aarch64")):
-        return f"torch has no build for {machine} with {libc}: use a glibc container on x86_64 or aarch64, {else_read}"
-    return ""
+        told = "torch has no build for a 32-bit Python: install a 64-bit one"
+    elif system == "Darwin" and machine == "x86_64":
+        told = "torch 2.3 and newer have no build for Intel Macs: use Binder or a Linux container"
+        told += " (on Apple silicon, install Python for arm64: this one runs under Rosetta)"
+    elif system == "Linux" and (libc != "glibc" or machine not in ("x86_64", "aarch64")):
+        told = f"torch has no build for {machine} with {libc}: use a glibc container on x86_64 or aarch64"
+    return told and f"{told}, or read the stored outputs, for which nothing is needed"
+
+
+def _found(name: str, told: object, mend: str = "", status: str = WARN) -> Finding:
+    """A finding that is well if there is nothing to mend, and of that status otherwise."""
+    return status if mend else OK, name, str(told), mend
 
 
 def _python() -> Iterator[Finding]:
-    told = f"{platform.python_version()} ({sys.executable})"
     old = sys.version_info[:2] < (3, 11)
     mend = "install Python 3.11 or newer, remove .venv, then: make PYTHON=python3.11 setup" if old else ""
-    yield FAIL if old else OK, "Python", told, mend
+    yield _found("Python", f"{platform.python_version()} ({sys.executable})", mend, FAIL)
     libc = "musl" if "musl" in (sysconfig.get_config_var("HOST_GNU_TYPE") or "") else "glibc"
     mend = without_torch(platform.system(), platform.machine(), libc, struct.calcsize("P") * 8)
-    yield FAIL if mend else OK, "system", f"{platform.system()} {platform.machine()}", mend
+    yield _found("system", f"{platform.system()} {platform.machine()}", mend, FAIL)
     own = Path(sys.prefix).resolve() in (ROOT / ".venv", Path(os.environ.get("CONDA_PREFIX") or ROOT).resolve())
-    mend = "" if own else "neither .venv nor conda; if packages are missing: make setup"
-    yield OK if own else WARN, "environment", sys.prefix, mend
+    yield _found(
+        "environment", sys.prefix, "" if own else "neither .venv nor conda; if packages are missing: make setup"
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -107,7 +107,7 @@ def _packages() -> Iterator[Finding]:
 
     if not wrong:
         pair = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-        yield OK, "packages", f"{len(names)} direct dependencies, as locked; {pair}", ""
+        yield _found("packages", f"{len(names)} direct dependencies, as locked; {pair}")
 
 
 def _processor() -> Iterator[Finding]:
@@ -115,13 +115,12 @@ def _processor() -> Iterator[Finding]:
 
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     told = ", ".join(dict.fromkeys(label for name, label in (_WIDE | _INT8).items() if able.get(name)))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = able.get("cpu_name") or platform.processor() or platform.machine()
     used = f"torch uses {torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}"
-    yield OK, "processor", f"{name}; {told or 'features unknown'}; {cores} cores, {used}", ""
+    yield _found("processor", f"{name}; {told or 'features unknown'}; {os.cpu_count()} cores, {used}")
     if able and not any(able.get(name) for name in _INT8):
         mend = "nothing to mend: int8 may be no faster here, and such claims are then reported, not failed"
-        yield WARN, "int8", "no VNNI, AMX or Arm dot product", mend
+        yield _found("int8", "no VNNI, AMX or Arm dot product", mend)
 
 
 def _data_unread() -> Iterator[Finding]:
@@ -136,22 +135,21 @@ def _data(read: bool = True) -> Iterator[Finding]:
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
         yield FAIL, "data folder", f"{folder} is no readable folder", "set COURSE_DATA to another"
         return
-    mend = (
-        "" if _writable(folder) else "fine if it has what you need; to download, set COURSE_DATA to a folder of yours"
-    )
+    mend = "fine if it has what you need; to download, set COURSE_DATA to a folder of yours"
+    mend = "" if _writable(folder) else mend
     if chosen and not folder.exists():
         mend = "it does not exist: check the spelling of COURSE_DATA; a download makes it"
-    yield WARN if mend else OK, "data folder", str(folder), mend
-    yield OK, "data sets", "digits (inside scikit-learn)", ""
+    yield _found("data folder", folder, mend)
+    yield _found("data sets", "digits (inside scikit-learn)")
     for name, source in SOURCES.items():
         if not any(folder.glob(source.folder.partition("/")[0][:8] + "*")):  # the folder, or an archive beside it
             continue
         if not read:
-            yield WARN, "data sets", f"{name}: files are there, not read", "the doctor without --fast reads them"
+            yield _found("data sets", f"{name}: files are there, not read", "the doctor without --fast reads them")
             continue
         try:
             data = load_dataset(name, root=folder, download=False)
-            yield OK, "data sets", f"{name}, {len(data.train) + len(data.val):,} training images", ""
+            yield _found("data sets", f"{name}, {len(data.train) + len(data.val):,} training images")
         except DataError as error:
             yield FAIL, name, str(error), "see the text; digits needs no file"
 
@@ -161,20 +159,14 @@ def _places() -> Iterator[Finding]:
 
     mirror, cache = os.environ.get("COURSE_MIRROR", ""), cache_folder("checkpoints")
     if mirror and (urlsplit(mirror).scheme not in ("http", "https", "file") or "//" not in mirror):
-        yield (
-            FAIL,
-            "mirror",
-            f"COURSE_MIRROR is {mirror!r}",
-            "set it to an address such as http://server/data, or unset it",
-        )
-    mend = (
-        "" if _writable(cache) else "read-only: set COURSE_CACHE to a folder of yours, or lessons train anew each time"
-    )
-    yield WARN if mend else OK, "cache", str(cache), mend
+        mend = "set it to an address such as http://server/data, or unset it"
+        yield FAIL, "mirror", f"COURSE_MIRROR is {mirror!r}", mend
+    mend = "read-only: set COURSE_CACHE to a folder of yours, or lessons train anew each time"
+    yield _found("cache", cache, "" if _writable(cache) else mend)
     for name, folder in (("disk, course", ROOT), ("disk, data", _data_folder())):
         free = shutil.disk_usage(_nearest(folder)).free / 1e9
         mend = "" if free >= 2 else "free 2 GB, or set COURSE_DATA to a larger disk"
-        yield WARN if mend else OK, name, f"{free:.1f} GB free at {folder}", mend
+        yield _found(name, f"{free:.1f} GB free at {folder}", mend)
 
 
 def _onnxruntime() -> Iterator[Finding]:
@@ -182,12 +174,11 @@ def _onnxruntime() -> Iterator[Finding]:
     import onnxruntime
     from onnx import parser
 
-    model = parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Add(x, x) }'
-    )
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    text = '<ir_version: 10, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Add(x, x) }'
+    model = parser.parse_model(text).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     right = session.run(None, {"x": np.array([1, 2], dtype=np.float32)})[0].tolist() == [2, 4]
-    yield OK if right else FAIL, "ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup"
+    yield _found("ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup", FAIL)
 
 
 def _jupyter() -> Iterator[Finding]:
@@ -199,19 +190,20 @@ def _jupyter() -> Iterator[Finding]:
     # A bare name is replaced by the interpreter that runs JupyterLab.
     own = spec.argv[0] in ("python", "python3") or program.parent.resolve() == Path(sys.executable).parent.resolve()
     mend = "" if own else f"move {spec.resource_dir} away: JupyterLab takes it for the course's kernel (`run` does not)"
-    yield OK if own else WARN, "Jupyter", f"its kernel python3 is {program if not own else 'this Python'}", mend
+    yield _found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", mend)
 
 
 def _kernel() -> Iterator[Finding]:
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
     from course_lib.classroom.runner import run_lessons
 
-    cell = {"cell_type": "code", "metadata": {}, "source": "assert 1 + 1 == 2", "outputs": [], "execution_count": None}
-    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     with tempfile.TemporaryDirectory(prefix="course-") as folder, contextlib.redirect_stdout(io.StringIO()) as told:
-        Path(folder, "00_trial.ipynb").write_text(json.dumps(notebook))
+        nbformat.write(new_notebook(cells=[new_code_cell("assert 1 + 1 == 2")]), Path(folder, "00_trial.ipynb"))
         good = run_lessons(Path(folder), output=Path(folder, "out"), timeout=60) == 0
     mend = "" if good else "make setup; if a firewall guards this machine, allow connections to 127.0.0.1"
-    yield OK if good else FAIL, "kernel", "starts and computes" if good else told.getvalue()[-300:], mend
+    yield _found("kernel", "starts and computes" if good else told.getvalue()[-300:], mend, FAIL)
 
 
 def _data_folder() -> Path:

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,10 +37,7 @@ class Parameter:
     default: Any
 
     def value(self, text: str) -> Any:
-        """The value that a text from the command line stands for.
-
-        Raises:
-            CourseError: it is none of the parameter's type; or ``dataset``, ``profile`` or ``seed`` out of range.
+        """The value that a text from the command line stands for; CourseError if it is of another type or range.
 
         >>> Parameter("widths", "list[int]", [8]).value("[8, 32]"), Parameter("share", "float", 0.5).value("1")
         ([8, 32], 1.0)
@@ -65,33 +63,25 @@ class Parameter:
         if self.name == "dataset" and value != "digits":
             from course_lib.lab.data import DATASETS as choices
         if choices and value not in choices:
-            near = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = _meant(value.lower(), choices)
             raise CourseError(f"{self.name} must be one of {', '.join(choices)}, got {value!r}{hint}")
         return value
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One notebook of the course; all but the first three attributes come from :meth:`read`.
+    """One notebook of the course; all but the first three attributes come from :meth:`read`."""
 
-    Attributes:
-        number: such as ``"00"`` or ``"02.4"``. path: absolute. place: relative to the folder of the notebooks.
-        title: from ``metadata.course``, else the first heading, else the file's name. sections: of the article.
-        minutes, seconds: reading and run time as the metadata say, else None. parameters: of the ``parameters`` cell.
-        data: the bytes that were read. notebook: what they say, made sound (see :func:`read_notebook`).
-    """
-
-    number: str
-    path: Path
-    place: Path
-    title: str = ""
-    sections: tuple[str, ...] = ()
-    minutes: float | None = None
-    seconds: float | None = None
+    number: str  # such as "00" or "02.4"
+    path: Path  # absolute
+    place: Path  # relative to the folder of the notebooks
+    title: str = ""  # as the metadata say, else the first heading, else the file's name
+    sections: tuple[str, ...] = ()  # of the article
+    minutes: float | None = None  # reading time, as the metadata say
+    seconds: float | None = None  # run time
     parameters: dict[str, Parameter] = field(default_factory=dict)
-    data: bytes = b""
-    notebook: dict[str, Any] = field(default_factory=dict)
+    data: bytes = b""  # the bytes that were read
+    notebook: dict[str, Any] = field(default_factory=dict)  # what they say, made sound
 
     @property
     def name(self) -> str:
@@ -99,11 +89,7 @@ class Lesson:
         return self.place.with_suffix("").as_posix()
 
     def read(self) -> "Lesson":
-        """The same lesson with everything that its file says.
-
-        Raises:
-            CourseError: it cannot be read, or its ``parameters`` cell holds something else than typed literals.
-        """
+        """The same lesson with everything that its file says; CourseError if that cannot be read."""
         notebook, data = read_notebook(self.path)
         told = notebook["metadata"].get("course")
         about, cells = told if isinstance(told, dict) else {}, notebook["cells"]
@@ -128,9 +114,6 @@ def find_lessons(folder: Path) -> list[Lesson]:
     """The lessons in a folder in the course's order, unread.
 
     A flat ``02_mine.ipynb`` beside a folder ``02_pruning/`` that has lessons is no lesson: the folder is the chapter.
-
-    Raises:
-        CourseError: no such folder, no lesson in it, or two files with one number.
     """
     if not folder.is_dir():
         raise CourseError(f"there is no folder {folder}; --notebooks DIR says where the lessons are")
@@ -158,9 +141,6 @@ def select_lessons(lessons: list[Lesson], words: list[str]) -> list[Lesson]:
     A word is a number (``02`` for the whole chapter, ``02.4`` for one lesson) or a name (``pruning``, ``02_pruning``,
     ``holding_the_zeros``, a path); several may stand in one text.
 
-    Raises:
-        CourseError: a word that names no lesson.
-
     >>> made = [Lesson("02.1", Path(), Path("02_pruning/1_a.ipynb")), Lesson("03", Path(), Path("03_b.ipynb"))]
     >>> [lesson.number for lesson in select_lessons(made, ["2"])]
     ['02.1']
@@ -172,20 +152,16 @@ def select_lessons(lessons: list[Lesson], words: list[str]) -> list[Lesson]:
             plain = f"{int(number[1]):02d}" + (f".{int(number[2][1:])}" if number[2] else "")
         fitting = {number for number in names if plain in names[number]}
         if not fitting:
-            near = difflib.get_close_matches(plain, set().union(*names.values()), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = _meant(plain, set().union(*names.values()))
             raise CourseError(f"no lesson {word!r}{hint}; there are {', '.join(names)}")
         chosen |= fitting
     return [lesson for lesson in lessons if lesson.number in chosen or not wanted]
 
 
 def read_notebook(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A notebook as nested dicts, and its bytes.
+    """A notebook of format 4 as nested dicts, and its bytes; CourseError if it is none.
 
     What odd files lack or leave null is filled in: ``metadata``, ``tags``, ``source`` (always one text), ``outputs``.
-
-    Raises:
-        CourseError: the file cannot be read, is no JSON, or is no notebook of format 4.
     """
     try:
         data = path.read_bytes()
@@ -210,6 +186,11 @@ def read_notebook(path: Path) -> tuple[dict[str, Any], bytes]:
             outputs = cell["outputs"] if isinstance(cell.get("outputs"), list) else []
             cell["outputs"] = [output for output in outputs if isinstance(output, dict)]
     return notebook, data
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _names(lesson: Lesson) -> set[str]:

@@ -14,16 +14,8 @@ from typing import Any
 from course_lib.classroom.lessons import CourseError, find_lessons, read_notebook
 from course_lib.files import write_file
 
-__all__ = [
-    "claims_of",
-    "count_claims",
-    "refresh_readme",
-    "replicate",
-    "show_claims",
-    "show_table",
-    "shown_path",
-    "watched",
-]
+__all__ = ["claims_of", "count_claims", "refresh_readme", "replicate", "show_claims", "show_table", "shown_path"]
+__all__ += ["watched"]
 
 # The ledger's own, repeated here: importing it would load torch for a command that only reads files.
 MIME = "application/vnd.compression-course.claims+json"
@@ -38,9 +30,6 @@ def claims_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The claims in the outputs of executed notebooks, in order; a later one replaces an earlier one of its id.
 
     Each is as the ledger wrote it, and has the ``path`` of its notebook and whether its cell is tagged ``headline``.
-
-    Raises:
-        CourseError: a file that is no notebook, or a damaged claim.
     """
     found = {}
     for path in paths:
@@ -51,11 +40,8 @@ def claims_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
                     texts = ("id", "sentence", "status", "measured")
                     if not isinstance(claim, dict) or any(not isinstance(claim.get(name), str) for name in texts):
                         raise CourseError(f"{path}: a claim is damaged: {str(claim)[:100]}")
-                    found[path, claim["id"]] = {
-                        **claim,
-                        "path": path,
-                        "headline": "headline" in cell["metadata"]["tags"],
-                    }
+                    about = {"path": path, "headline": "headline" in cell["metadata"]["tags"]}
+                    found[path, claim["id"]] = claim | about
     return list(found.values())
 
 
@@ -72,8 +58,7 @@ def count_claims(claims: Sequence[dict[str, Any]]) -> str:
 def show_claims(paths: Sequence[Path], notebooks: Path, *, as_json: bool = False) -> int:
     """Print the claims of executed notebooks or folders of them (by default the newest run, else the stored lessons).
 
-    Returns:
-        1 if a claim is false or a lesson did not run to its end, else 0.
+    Returns 1 if a claim is false or a lesson did not run to its end, else 0.
     """
     runs = [p for p in (notebooks.resolve().parent / "build" / "course").glob("*") if any(p.rglob("*.ipynb"))]
     newest = max(runs, key=lambda run: max(p.stat().st_mtime for p in run.rglob("*.ipynb")), default=notebooks)
@@ -96,10 +81,7 @@ def refresh_readme(notebooks: Path, *, check: bool = False) -> list[str]:
     """Bring the part between two marks of README.md, beside the notebooks, up to date, and say what was not.
 
     It has a claim of each chapter, the first whose cell is tagged ``headline``, else its first, and the picture of the
-    cell tagged ``readme-figure``. ``check`` changes nothing.
-
-    Raises:
-        CourseError: no place for it in README.md, two such pictures, or a stored claim that is false.
+    cell tagged ``readme-figure``. ``check`` changes nothing. A stored claim that is false is a CourseError.
     """
     root, lessons = notebooks.resolve().parent, find_lessons(notebooks)
     rows, wanted, headlines = ["| chapter | one of its claims | measured |", "|---|---|---|"], {}, {}
@@ -134,13 +116,8 @@ def replicate(notebooks: Path, seeds: Sequence[str], dataset: str, run: Callable
     """Run lessons under several seeds, and write into docs/claims.md where each claim held.
 
     Results go to ``build/replicate/<dataset>-<seed>/``; what they claim is kept in docs/claims.json, so that another
-    seed or data set adds a column. A claim reworded since counts as not run.
-
-    Args:
-        run: called with a seed and the folder of its results; returns an exit code.
-
-    Returns:
-        0; 1 if a lesson did not reach its end (a claim that does not hold is what the table is for); 130 after Ctrl-C.
+    seed or data set adds a column. A claim reworded since counts as not run. ``run`` is called with a seed and the
+    folder of its results, and returns an exit code, as this does: 1 if a lesson did not reach its end.
     """
     root, code = notebooks.resolve().parent, 0
     kept = root / "docs" / "claims.json"
@@ -164,9 +141,8 @@ def replicate(notebooks: Path, seeds: Sequence[str], dataset: str, run: Callable
 def claims_page(runs: dict[str, dict[str, dict]], titles: dict[str, str], now: dict[str, str]) -> str:
     """The table of claims by runs as Markdown, a section a lesson, and how many hold on every run of the default data.
 
-    Args:
-        runs: for each run, named ``"<dataset> <seed>"``, its claims by id.
-        titles: of the lessons by number, in order. now: today's sentences by id, where they are known.
+    ``runs``: for each run, named ``"<dataset> <seed>"``, its claims by id. ``titles``: of the lessons by number, in
+    order. ``now``: today's sentences by id, where they are known.
     """
     names = sorted(runs, key=lambda name: (not name.startswith("digits "), name.split()[0], int(name.split()[1])))
     lines, counts, covered = [], {"held": 0, "all": 0}, []
@@ -185,35 +161,25 @@ def claims_page(runs: dict[str, dict[str, dict]], titles: dict[str, str], now: d
             told = [f"{VERDICTS[same[n]['verdict']]} {same[n]['measured']}" if n in same else "" for n in names]
             rows.append("| " + " | ".join(map(_cell, [sentence + aside, *told])) + " |")
         if rows:
-            lines += [
-                f"\n## {number} {title}\n",
-                f"| claim | {' | '.join(names)} |",
-                "|---" * (len(names) + 1) + "|",
-                *rows,
-            ]
+            lines += [f"\n## {number} {title}\n", f"| claim | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+            lines += rows
     head = f"Of {counts['all']} claims {counts['held']} hold in every run on the default data (digits)."
     share = f" Of {len(covered)} intervals {sum(covered)} contain the mean over these runs." if covered else ""
-    legend = "Each column is a run: data set and seed. " + ", ".join(
-        f"{mark} {name}" for name, mark in VERDICTS.items()
-    )
+    marks = ", ".join(f"{mark} {name}" for name, mark in VERDICTS.items())
+    legend = f"Each column is a run: data set and seed. {marks}"
     return "\n".join(["# Where each claim held", "", f"{head}{share} {legend}.", *lines]) + "\n"
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: in a terminal with rich, folding long texts; otherwise in aligned columns, nothing cut."""
-    rows = [[" ".join(cell.split()) for cell in row] for row in rows]
-    if watched():
-        from rich import print as show
-        from rich.table import Table
-        from rich.text import Text
+    """Print a table: long texts fold in a terminal, and elsewhere nothing is cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-        table = Table(*headers, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return show(table)
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    for row in (headers, *rows):
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    table = Table(*headers, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(Text(" ".join(cell.split())) for cell in row))
+    Console(width=None if watched() else 10_000).print(table)
 
 
 def watched() -> bool:
@@ -230,9 +196,10 @@ def shown_path(path: Path) -> str:
 def _executed(folder: Path) -> list[Path]:
     """The lessons in a folder, and those that failed."""
     failed = sorted(folder.rglob("*-failed.ipynb"))
+    lessons = []
     with suppress(CourseError) if failed else nullcontext():
-        return [*(lesson.path for lesson in find_lessons(folder)), *failed]
-    return failed
+        lessons = find_lessons(folder)
+    return [*(lesson.path for lesson in lessons), *failed]
 
 
 def _row(claim: dict[str, Any]) -> tuple[str, str, str, str]:

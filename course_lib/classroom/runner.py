@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
@@ -37,20 +37,14 @@ LIBRARY = Path(course_lib.__file__).resolve().parent
 COMMON = {name: Parameter(name, kind, "") for name, kind in (("dataset", "str"), ("profile", "str"), ("seed", "int"))}
 FEW_IMAGES, TOO_FEW_IMAGES = 1000, 200
 SHOWN_LINES = 14
+CELL_MARKS = ("papermill", "execution", "ExecuteTime", "lines_to_next_cell")  # what tools leave in a cell
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run_lessons(
-    notebooks: Path,
-    words: Iterable[str] = (),
-    *,
-    given: Mapping[str, str] | None = None,
-    output: Path | None = None,
-    jobs: int = 1,
-    timeout: int = 3600,
-    resume: bool = False,
-    store: bool = False,
-) -> int:
+    notebooks: Path, words: Iterable[str] = (), *, given: Mapping[str, str] | None = None, output: Path | None = None,
+    jobs: int = 1, timeout: int = 3600, resume: bool = False, store: bool = False,
+) -> int:  # fmt: skip
     """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
     Args:
@@ -62,10 +56,7 @@ def run_lessons(
 
     Returns:
         0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
-        everything was stopped and nothing unfinished was kept.
-
-    Raises:
-        CourseError: something to correct in what was asked, or a data set that is missing or too small.
+        everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
     """
     given = dict(given or {})
     if store and (given or resume or output):
@@ -109,8 +100,7 @@ def run_lessons(
 def check_data(name: str) -> None:
     """Load a data set once before anything runs, and say if it is small.
 
-    Raises:
-        CourseError: it is missing or damaged, has fewer than 200 training images, or a class without any.
+    CourseError if it is missing or damaged, has fewer than 200 training images, or a class without any.
     """
     import torch
 
@@ -195,13 +185,12 @@ class _Run:
         seconds, executed = round(time.monotonic() - started, 1), scratch / "executed.ipynb"
         kept = self.folder / lesson.place.with_name(f"{lesson.path.stem}-failed.ipynb")
         if self.store and not failure:
-            false = [
-                f"{c['sentence']} measured: {c['measured']}" for c in claims_of([executed]) if c["status"] == "fails"
-            ]
+            false = [c for c in claims_of([executed]) if c["status"] == "fails"]
             if lesson.path.read_bytes() != lesson.data:
                 failure = "its file was changed while it ran, and was left as it is"
             elif false:
-                failure = "\n  ".join(["a claim is false:", *false])
+                told = (f"\n  {c['sentence']} measured: {c['measured']}" for c in false)
+                failure = "a claim is false:" + "".join(told)
         if failure:
             self.failed.add(lesson.number)
             self._say(f"FAILED {label} after {seconds} s, {failure}")
@@ -226,9 +215,8 @@ class _Run:
         """Execute into ``scratch / "executed.ipynb"``; returns what went wrong, or "" if every cell was executed."""
         import psutil
 
-        cells = [
-            {**c, "outputs": [], "execution_count": None} if "outputs" in c else c for c in lesson.notebook["cells"]
-        ]
+        fresh = {"outputs": [], "execution_count": None}
+        cells = [{**c, **fresh} if "outputs" in c else c for c in lesson.notebook["cells"]]
         changed = {n: v for n, v in self.values[lesson.number].items() if v != lesson.parameters[n].default}
         job = {"scratch": str(scratch), "cwd": str(lesson.path.parent), "parameters": changed, "timeout": self.timeout}
         # Whatever kernel the name python3 leads to on this machine, a lesson gets this interpreter.
@@ -260,9 +248,8 @@ class _Run:
 
     def _key(self, lesson: Lesson) -> str:
         """A hash of all that decides what comes out."""
-        library = source_hash(
-            *(p for p in LIBRARY.iterdir() if p.name in ("methods", "evidence", "lab", "files.py", "gate.py"))
-        )
+        decides = ("methods", "evidence", "lab", "files.py", "gate.py")
+        library = source_hash(*(LIBRARY / name for name in decides))
         parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), self.values[lesson.number], library]
         return hashlib.sha256(repr([*parts, platform.python_version(), version("torch")]).encode()).hexdigest()
 
@@ -280,14 +267,9 @@ def _environment(scratch: Path, jobs: int) -> dict[str, str]:
     return env | {
         "COURSE_UNATTENDED": "1",
         "IPYTHONDIR": str(scratch / "ipython"),  # nobody's start-up files
-        "JUPYTER_PATH": str(scratch),
-        "JUPYTER_PLATFORM_DIRS": "1",
-        "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONHASHSEED": "0",
+        **{"JUPYTER_PATH": str(scratch), "JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_RUNTIME_DIR": str(scratch / "runtime")},
+        **{"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TMPDIR": str(scratch)},
         "PYTHONPATH": os.pathsep.join(filter(None, (str(LIBRARY.parent), env.get("PYTHONPATH")))),
-        "PYTHONUTF8": "1",
-        "TMPDIR": str(scratch),
     }
 
 
@@ -325,13 +307,7 @@ def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
         about["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
         about["language_info"] = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
     for position, cell in enumerate(notebook["cells"], start=1):
-        for tool in (
-            "papermill",
-            "execution",
-            "ExecuteTime",
-            "lines_to_next_cell",
-            *([] if cell["metadata"]["tags"] else ["tags"]),
-        ):
+        for tool in (*CELL_MARKS, *([] if cell["metadata"]["tags"] else ["tags"])):
             cell["metadata"].pop(tool, None)
         cell["source"] = cell["source"].splitlines(keepends=True)
         for output in list(cell.get("outputs", ())) if store else ():
@@ -349,13 +325,13 @@ def _work(job: dict[str, Any]) -> int:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     threading.Thread(target=_end_with_runner, args=(Path(job["scratch"]),), daemon=True).start()
-    failure = _papermill(job, lambda **event: events.write(json.dumps(event) + "\n"))
-    if failure:
+    if failure := _papermill(job, lambda **event: events.write(json.dumps(event) + "\n")):
         events.write(json.dumps({"failed": failure}) + "\n")
     return 1 if failure else 0
 
 
-def _papermill(job: dict[str, Any], tell) -> str:
+def _papermill(job: dict[str, Any], tell: Callable) -> str:
+    """Execute the job's notebook; returns what went wrong, or ""."""
     warnings.simplefilter("ignore")  # the tools' own deprecations; warnings inside the kernel are not touched
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -370,18 +346,10 @@ def _papermill(job: dict[str, Any], tell) -> str:
 
     folder = job["scratch"].replace("{", "{{").replace("}", "}}")  # papermill fills in paths as format strings
     try:
-        notebook = papermill.execute_notebook(
-            str(Path(folder, "source.ipynb")),
-            str(Path(folder, "executed.ipynb")),
-            parameters=job["parameters"],
-            cwd=job["cwd"],
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            start_timeout=180,
-            execution_timeout=job["timeout"] or None,
-            on_cell_start=cell_started,
-        )
+        paths = (str(Path(folder, name)) for name in ("source.ipynb", "executed.ipynb"))
+        options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "start_timeout": 180}
+        options |= {"parameters": job["parameters"], "cwd": job["cwd"], "execution_timeout": job["timeout"] or None}
+        notebook = papermill.execute_notebook(*paths, on_cell_start=cell_started, **options)
     except PapermillExecutionError as error:
         trace = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "\n".join(error.traceback)).strip().splitlines()
         lines = trace[-SHOWN_LINES:] or [f"{error.ename}: {error.evalue}"]
