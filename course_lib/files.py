@@ -12,8 +12,7 @@ __all__ = ["cache_folder", "source_hash", "write_file"]
 def write_file(path: str | os.PathLike, data: bytes) -> Path:
     """Write ``data`` to ``path`` in one piece and with the umask's mode: a reader sees the old file or the new one.
 
-    Raises:
-        OSError: the file cannot be written; the text names it, and nothing is left behind.
+    An OSError names the file, and nothing is left behind.
     """
     path = Path(path)
     partial = path.parent / f".{uuid.uuid4().hex}.partial"

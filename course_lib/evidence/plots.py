@@ -81,17 +81,9 @@ def dots(ax, row: float, values: Sequence[float], color: str) -> None:
 
 
 def plot_curves(
-    x: Sequence[float],
-    curves: Mapping[str, np.ndarray],
-    *,
-    alt: str,
-    xlabel: str = "",
-    ylabel: str = "",
-    title: str = "",
-    xscale: str = "linear",
-    line: Mapping[str, float] | None = None,
-    ax=None,
-) -> None:
+    x: Sequence[float], curves: Mapping[str, np.ndarray], *, alt: str, xlabel: str = "", ylabel: str = "",
+    title: str = "", xscale: str = "linear", line: Mapping[str, float] | None = None, ax=None,
+) -> None:  # fmt: skip
     """Show one line with its 95 % band a name of ``curves`` (name -> array [R, len(x)]).
 
     Args:

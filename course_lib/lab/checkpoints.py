@@ -75,13 +75,9 @@ def load_checkpoint(path: str | Path, models: Models) -> None:
 
 
 def train_or_load(
-    name: str,
-    make: Callable[[], Models],
-    train: Callable[[Models], Models | None],
-    *,
-    key: Mapping[str, object],
-    folder: str | Path | None = None,
-) -> Models:
+    name: str, make: Callable[[], Models], train: Callable[[Models], Models | None], *,
+    key: Mapping[str, object], folder: str | Path | None = None,
+) -> Models:  # fmt: skip
     """The trained model, from the cache if a sound checkpoint with this key is there, else trained and stored.
 
     Of several processes that ask at once, one trains and the others wait and load. Loading writes nothing and needs no

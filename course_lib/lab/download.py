@@ -33,7 +33,6 @@ __all__ = ["SOURCES", "DataError", "RawData", "Source", "obtain"]
 RECORD = "course-sha256.txt"  # beside the files that we fetched: their SHA-256, as sha256sum writes it
 LOCK_TIMEOUT_S = 1800.0
 NETWORK_TIMEOUT_S = 10.0  # of one answer; torchvision would wait for ever
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _TAR = "cifar-10-python.tar.gz"
 _BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
@@ -85,17 +84,10 @@ SOURCES: dict[str, Source] = {
 def obtain(name: str, folder: str | os.PathLike, *, download: bool = True) -> RawData:
     """The data set's content from the files under ``folder``, or from the network.
 
-    Files may hold any number of images, be called ``train-images.idx3-ubyte`` as well, and end in ``.gz``; of CIFAR's
-    pickles only arrays are read. What is missing is fetched (from ``$COURSE_MIRROR`` if set), checked, and moved in
-    under a file lock; a file that is there and damaged is named and left alone.
-
-    Args:
-        name: one of :data:`SOURCES`.
-        folder: the root of torchvision's layout, the one that holds ``MNIST/raw``.
-        download: whether to fetch what is missing.
-
-    Raises:
-        DataError: a file is missing or damaged, the folder cannot be read or written, or the network fails.
+    ``folder`` is the root of torchvision's layout, the one that holds ``MNIST/raw``. Files may hold any number of
+    images, be called ``train-images.idx3-ubyte`` as well, and end in ``.gz``; of CIFAR's pickles only arrays are read.
+    With ``download``, what is missing is fetched (from ``$COURSE_MIRROR`` if set), checked, and moved in under a file
+    lock; a file that is there and damaged is named and left alone. What goes wrong is a DataError.
     """
     source, root = SOURCES[name], Path(folder)
     where, again = root / source.folder, f"call load_dataset({name!r}, download=True)"
@@ -113,7 +105,7 @@ def obtain(name: str, folder: str | os.PathLike, *, download: bool = True) -> Ra
     except _Damaged as error:
         raise DataError(f"{error}. Nothing was changed: delete the file that is wrong, then {again}.") from None
     except OSError as error:
-        full = error.errno in _FULL
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
         cure = f"There is no space: {source.megabytes} MB are needed" if full else "Ask who keeps it to add the data"
         raise DataError(f"{name} cannot be read or fetched in {root}: {error}. {cure}. {elsewhere}") from error
 
@@ -252,7 +244,7 @@ def _fetch(source: Source, file: str, stage: Path) -> str:
     from torchvision.datasets.utils import download_url
 
     dataset, mirror = getattr(torchvision.datasets, source.dataset), os.environ.get("COURSE_MIRROR", "").rstrip("/")
-    if source.dataset == "CIFAR10":
+    if source.files is _BATCHES:
         addresses, md5 = [f"{mirror}/{file}" if mirror else dataset.url], dataset.tgz_md5
     else:
         bases = [f"{mirror}/{source.dataset}"] if mirror else dataset.mirrors
@@ -276,7 +268,7 @@ def _fetch(source: Source, file: str, stage: Path) -> str:
                 error = error.__context__
     tried = "\n  ".join(["It could not be downloaded; nothing was changed.", *(problems or ["no address"])])
     mend = "unset COURSE_MIRROR" if mirror else "set COURSE_MIRROR to one that you reach"
-    by_hand = f"copy {file} into {stage.parent / ('' if source.dataset == 'CIFAR10' else source.folder)}"
+    by_hand = f"copy {file} into {stage.parent / ('' if source.files is _BATCHES else source.folder)}"
     end = "Without a network: load_dataset('digits')."
     raise DataError(f"{source.dataset}: {tried}\nCheck the network and try again; or {by_hand}; or {mend}. {end}")
 
