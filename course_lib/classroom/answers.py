@@ -202,9 +202,8 @@ def _gap(task: Task, given: _Outcome, right: _Outcome, case: tuple) -> str:
 
 
 def _alike(task: Task, given: _Outcome, wrong: _Outcome) -> bool:
-    if given.error is not None or wrong.error is not None:
-        return type(given.error) is type(wrong.error)
-    return not _difference(given.value, wrong.value, task.tolerance)
+    same = not _difference(given.value, wrong.value, task.tolerance) if given.error is wrong.error else False
+    return same or (given.error is not None and type(given.error) is type(wrong.error))
 
 
 def _difference(got: Any, want: Any, tolerance: float) -> str:
@@ -242,8 +241,8 @@ def _difference(got: Any, want: Any, tolerance: float) -> str:
 
 
 def _times(mine: Any, theirs: Any) -> str:
-    """A clean factor between two numbers is worth saying."""
-    if isinstance(mine, bool) or mine == 0 or theirs == 0:
+    """A clean factor between two real numbers is worth saying."""
+    if not isinstance(mine, float) or mine == 0 or theirs == 0:
         return ""
     for ratio, word in ((theirs / mine, "small"), (mine / theirs, "large")):
         if 1.5 < ratio < 1000 and abs(ratio - round(ratio)) < 1e-3 * ratio:

@@ -59,48 +59,36 @@ def _break_even(rows, columns, equal=1, shared=None):
 
 
 _CHAPTER_01 = [
-    Task(
-        "count_macs_linear", _macs, "a whole number", "networks of one to four layers, biases not counted.",
-        lambda rng: [([64, 300, 100, 10],), ([100, 10],), ([7, 1, 9],), (rng.integers(2, 99, 5).tolist(),)],
-        {
-            "That counts the biases too: they are added, nothing is multiplied by them.": dict(biases=1),
-            "That counts multiplications and additions apart: one of each is one MAC.": dict(times=2),
-            "That is the first layer alone.": dict(layers=1),
-            "The last layer is missing.": dict(layers=-1),
-            "The layers' products are added, not multiplied.": dict(join=math.prod),
-        },
-    ),
-    Task(
-        "paired_interval", _interval, "a pair (low, high)", "3, 8 and 24 pairs, as lists and as arrays.", _scores,
-        {
-            "That is for two unrelated rows: take the differences first, seed by seed.": dict(paired=False),
-            "1.96 is for many seeds: Student's t with R − 1 degrees of freedom is wider.": dict(quantile=1.96),
-            "That is how far *one* difference scatters: the mean of R scatters √R times less.": dict(root=False),
-            "The standard deviation of a sample divides by R − 1 (ddof=1), not by R.": dict(ddof=0),
-            "That is b − a: the sign is swapped.": dict(sign=-1),
-            "2.5 % have to lie on each side: you left 5 % on each.": dict(level=0.9),
-        },
-    ),
-    Task(
-        "seeds_needed", _seeds, "a whole number", "from 2 seeds to several hundred.",
-        lambda rng: [(1.0, 0.5), (1.0, 0.1), (0.8, 0.3), (0.1, 5.0), (float(rng.uniform(1, 2)), 0.45)],
-        {
-            "1.96 is too small for few seeds. Student's t depends on R: try R = 2, 3, 4, …": dict(quantile=1.96),
-            "The quantile is missing: that asks for one standard error, not for 95 %.": dict(quantile=1),
-            "2.5 % have to lie on each side: you left 5 % on each.": dict(level=0.9),
-            "That makes the whole interval as short as the gain; half of it is asked for.": dict(whole=2),
-            "One too few: that is the last R which is not enough.": dict(less=1),
-        },
-    ),
-    Task(
-        "break_even_rank", _break_even, "a whole number", "wide, tall, square and very thin layers.",
-        lambda rng: [(300, 64), (4, 4), (6, 3), (1, 7), tuple(rng.integers(20, 400, 2).tolist())],
-        {
-            "At that rank the two factors hold just as many numbers: fewer are asked for.": dict(equal=0),
-            "That is the largest rank there is; at it two factors hold more, not less.": dict(equal=0, shared=max),
-            "That counts one factor alone: there are rows · r and r · columns numbers.": dict(shared=max),
-        },
-    ),
+    Task("count_macs_linear", _macs, "a whole number", "networks of one to four layers, biases not counted.",
+         lambda rng: [([64, 300, 100, 10],), ([100, 10],), ([7, 1, 9],), (rng.integers(2, 99, 5).tolist(),)], {
+        "That counts the biases too: they are added, nothing is multiplied by them.": dict(biases=1),
+        "That counts multiplications and additions apart: one of each is one MAC.": dict(times=2),
+        "That is the first layer alone.": dict(layers=1),
+        "The last layer is missing.": dict(layers=-1),
+        "The layers' products are added, not multiplied.": dict(join=math.prod),
+    }),
+    Task("paired_interval", _interval, "a pair (low, high)", "3, 8 and 24 pairs, as lists and as arrays.", _scores, {
+        "That is for two unrelated rows: take the differences first, seed by seed.": dict(paired=False),
+        "1.96 is for many seeds: Student's t with R − 1 degrees of freedom is wider.": dict(quantile=1.96),
+        "That is how far *one* difference scatters: the mean of R scatters √R times less.": dict(root=False),
+        "The standard deviation of a sample divides by R − 1 (ddof=1), not by R.": dict(ddof=0),
+        "That is b − a: the sign is swapped.": dict(sign=-1),
+        "2.5 % have to lie on each side: you left 5 % on each.": dict(level=0.9),
+    }),
+    Task("seeds_needed", _seeds, "a whole number", "from 2 seeds to several hundred.",
+         lambda rng: [(1.0, 0.5), (1.0, 0.1), (1.0, 1.0), (1.0, 2.0), (0.1, 5.0), (float(rng.uniform(1, 2)), 0.45)], {
+        "1.96 is too small for few seeds. Student's t depends on R: try R = 2, 3, 4, …": dict(quantile=1.96),
+        "The quantile is missing: that asks for one standard error, not for 95 %.": dict(quantile=1),
+        "2.5 % have to lie on each side: you left 5 % on each.": dict(level=0.9),
+        "That makes the whole interval as short as the gain; half of it is asked for.": dict(whole=2),
+        "One too few: that is the last R which is not enough.": dict(less=1),
+    }),
+    Task("break_even_rank", _break_even, "a whole number", "wide, tall, square and very thin layers.",
+         lambda rng: [(300, 64), (4, 4), (6, 3), (1, 7), tuple(rng.integers(20, 400, 2).tolist())], {
+        "At that rank the two factors hold just as many numbers: fewer are asked for.": dict(equal=0),
+        "That is the largest rank there is; at it two factors hold more, not less.": dict(equal=0, shared=max),
+        "That counts one factor alone: there are rows · r and r · columns numbers.": dict(shared=max),
+    }),
 ]  # fmt: skip
 
 # --- 02: pruning ------------------------------------------------------------------------------------------------------
@@ -152,7 +140,7 @@ def _hold(masks, keep=True, steps=99, layers=None, change=lambda parameters, nam
 def _train(hold, masks, start):
     """Eight steps of an optimiser with momentum; ``hold(masks)`` is called after each."""
     weights = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
-    after_step, velocity = hold(masks), 0.0
+    after_step, velocity, seen = hold(masks), 0.0, {name: [] for name in start}
     for step in range(8):
         velocity = 0.9 * velocity + 1.0 + step  # by hand: importing an optimiser takes seconds
         for weight in weights.values():
@@ -160,7 +148,9 @@ def _train(hold, masks, start):
             weight.data -= 0.1 * velocity
         with torch.no_grad():
             after_step(dict(weights), step)
-    return {name: weight.detach() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            seen[name].append(weight.detach().clone())
+    return {name: torch.stack(each) for name, each in seen.items()}
 
 
 def _networks(rng):
@@ -234,98 +224,75 @@ def _is_sound(prune, tries=((_EQUAL, 0.5), (_UNEVEN, 0.5), (_UNEVEN, 0.28)), alw
 
 
 _CHAPTER_02 = [
-    Task(
-        "threshold_mask", _threshold, "a bool tensor", "weights of both signs, ties, zeros, a convolution.",
-        lambda rng: [*_weights(rng), (torch.zeros(2, 3), 0.3)],
-        {
-            "This mask keeps every positive weight and no negative one: sign is not size.": dict(size=torch.sign),
-            "This mask keeps large *positive* weights: a large negative one is worth as much.": dict(size=torch.clone),
-            "The threshold comes from the largest weight: take the largest magnitude.": dict(largest=torch.max),
-            "A weight exactly at the threshold goes: the formula says >, not ≥.": dict(beyond=torch.ge),
-            "The threshold is α itself; it should be α times the largest magnitude.": dict(largest=lambda w: 1.0),
-            "Each row has its own threshold; one for the whole tensor is asked for.": dict(
-                largest=lambda w: w.abs().amax(-1, keepdim=True)),
-            "Upside down: True is for the weights that stay.": dict(beyond=torch.le),
-            "This prunes the share α by rank: a threshold does not know how many go.": _rank,
-        },
-    ),
-    Task(
-        "rank_mask", _rank, "a bool tensor", "both signs, ties, zeros, a convolution, shares from 0 to 95 %.",
-        lambda rng: [*_weights(rng), (draw(rng, 10, 10), 0.29), (_EQUAL, 0.5), (draw(rng, 6), 0.95)],
-        {
-            "This mask keeps large *positive* weights: large negative ones go first.": dict(size=torch.clone),
-            "Upside down: it keeps the smallest.": dict(size=lambda w: -w.abs()),
-            "True and False are swapped: True is for what stays.": dict(keep=False),
-            "`sparsity` is the share that goes, not what stays.": lambda weight, sparsity: _rank(weight, 1 - sparsity),
-            "Each row is ranked by itself; all weights are to be ranked together.": dict(rows=True),
-            "The number that goes is rounded down; round it.": dict(count=math.floor),
-            "Of weights equal to the threshold all go: sort, or count how many may.": dict(ties=True),
-            "That is a share of the largest weight: how many go is then a matter of luck.": _threshold,
-        },
-        same=_same_magnitudes,
-    ),
-    Task(
-        "hold_zeros", _hold, "a function after_step(parameters, step)",
-        "8 steps of an optimiser with momentum; what was masked is zero, everything else moved.", _networks,
-        {
-            "Nothing was held at zero. The optimiser moves the tensors that it knows: change these in place (mul_), "
-            "do not put new ones into the dictionary.": dict(change=lambda p, name, mask: None),
-            "Upside down: the weights that should stay are zero. True is for what stays.": dict(keep=False),
-            "The zeros hold for one step only: after_step is called after every one.": dict(steps=1),
-            "Only the first mask is used: there are several layers.": dict(layers=1),
-        },
-        observe=_train,
-    ),
-    Task(
-        "cubic_sparsity", _cubic, "a number", "the start, the way, the end, and beyond.",
-        lambda rng: [(2, 4, 0.8), (0, 10, 0.9), (10, 10, 0.9), (15, 10, 0.95), (int(rng.integers(1, 9)), 10, 0.5)],
-        {
-            "That is a straight line: the cube prunes fast at first and slowly at the end.": dict(power=1),
-            "The cube is at the wrong end: this starts slowly and ends fast.": dict(slow=True),
-            "Beyond the last step it goes on: from there it should stay at `final`.": dict(most=99),
-            "A square where a cube is asked for.": dict(power=2),
-            "It ends at 1, whatever `final` is.": lambda step, steps, final: _cubic(step, steps, 1.0),
-            "That is the share that is *left*.": dict(left=True),
-        },
-    ),
-    Task(
-        "cut_neurons", _cut, "three tensors: weight, bias, following",
-        "layers of four shapes, with one neuron left up to all.", _neurons,
-        {
-            "The next layer still reads every neuron: its columns have to go too.": dict(
-                change=lambda w, b, f, k: (w[k], b[k], f)),
-            "The next layer lost rows, its own neurons; what reads the cut ones are its columns.": dict(
-                change=lambda w, b, f, k: (w[k], b[k], f[k])),
-            "The biases of the cut neurons are still there.": dict(change=lambda w, b, f, k: (w[k], b, f[:, k])),
-            "Upside down: `keep` says which neurons stay.": dict(change=lambda w, b, f, k: (w[~k], b[~k], f[:, ~k])),
-            "They are zero, but still there: take the rows and columns out.": dict(
-                change=lambda w, b, f, k: (w * k[:, None], b * k, f * k)),
-            "The first layer lost columns, its inputs; its neurons are the rows.": dict(
-                change=lambda w, b, f, k: (w[:, k], b[k], f[:, k])),
-        },
-    ),
-    Task(
-        "csr_bytes", _csr, "a whole number", "empty rows, negative numbers, nothing but zeros.", _sparse,
-        {
-            "Where the values lie has to be stored too: a column of 2 bytes for each.": dict(column=0),
-            "There is one row start more than rows: the last says where everything ends.": dict(starts=0),
-            "The row starts are missing.": dict(starts=None),
-            "A column takes 2 bytes here, not 4.": dict(column=4),
-            "That is the dense tensor: zeros are not stored.": lambda weight: 4 * weight.numel(),
-            "Negative weights are not zero: count what differs from 0.": dict(kept=lambda w: w > 0),
-            "That stores the zeros: count the others.": dict(kept=lambda w: w == 0),
-        },
-    ),
-    Task(
-        "spot_the_fault", _is_sound, "True or False", "one sound function and six broken ones, told apart.",
-        lambda rng: [(_SUSPECTS[i],) for i in (0, *(1 + rng.permutation(6)).tolist())],
-        {
-            "You call every one sound: try both signs, equal weights, rows of different size.": dict(always=True),
-            "You call every one broken: one of the seven does what it should.": dict(always=False),
-            "You tried positive weights only, all different: what do these functions do with others?": dict(
-                tries=[(torch.tensor([0.3, 0.1, 0.7, 0.5]), 0.5)]),
-        },
-    ),
+    Task("threshold_mask", _threshold, "a bool tensor", "weights of both signs, ties, zeros, a convolution.",
+         lambda rng: [*_weights(rng), (torch.zeros(2, 3), 0.3)], {
+        "This mask keeps every positive weight and no negative one: sign is not size.": dict(size=torch.sign),
+        "This mask keeps large *positive* weights: a large negative one is worth as much.": dict(size=torch.clone),
+        "The threshold comes from the largest weight: take the largest magnitude.": dict(largest=torch.max),
+        "A weight exactly at the threshold goes: the formula says >, not ≥.": dict(beyond=torch.ge),
+        "The threshold is α itself; it should be α times the largest magnitude.": dict(largest=lambda w: 1.0),
+        "Each row has its own threshold; one for the whole tensor is asked for.": dict(
+            largest=lambda w: w.abs().amax(-1, keepdim=True)),
+        "Upside down: True is for the weights that stay.": dict(beyond=torch.le),
+        "This prunes the share α by rank: a threshold does not know how many go.": _rank,
+    }),
+    Task("rank_mask", _rank, "a bool tensor", "both signs, ties, zeros, a convolution, shares from 0 to 95 %.",
+         lambda rng: [*_weights(rng), (draw(rng, 10, 10), 0.29), (_EQUAL, 0.5), (draw(rng, 6), 0.95)], {
+        "This mask keeps large *positive* weights: large negative ones go first.": dict(size=torch.clone),
+        "Upside down: it keeps the smallest.": dict(size=lambda w: -w.abs()),
+        "True and False are swapped: True is for what stays.": dict(keep=False),
+        "`sparsity` is the share that goes, not what stays.": lambda weight, sparsity: _rank(weight, 1 - sparsity),
+        "Each row is ranked by itself; all weights are to be ranked together.": dict(rows=True),
+        "The number that goes is rounded down; round it.": dict(count=math.floor),
+        "Of weights equal to the threshold all go: sort, or count how many may.": dict(ties=True),
+        "That is a share of the largest weight: how many go is then a matter of luck.": _threshold,
+    }, same=_same_magnitudes),
+    Task("hold_zeros", _hold, "a function after_step(parameters, step)",
+         "8 steps of an optimiser with momentum; what was masked is zero, everything else moved.", _networks, {
+        "Nothing was held at zero. The optimiser moves the tensors that it knows: change these in place (mul_), "
+        "do not put new ones into the dictionary.": dict(change=lambda p, name, mask: None),
+        "Upside down: the weights that should stay are zero. True is for what stays.": dict(keep=False),
+        "The zeros hold for one step only: after_step is called after every one.": dict(steps=1),
+        "Only the first mask is used: there are several layers.": dict(layers=1),
+    }, observe=_train),
+    Task("cubic_sparsity", _cubic, "a number", "the start, the way, the end, and beyond.",
+         lambda rng: [(2, 4, 0.8), (0, 10, 0.9), (10, 10, 0.9), (15, 10, 0.95), (int(rng.integers(1, 9)), 10, 0.5)], {
+        "That is a straight line: the cube prunes fast at first and slowly at the end.": dict(power=1),
+        "The cube is at the wrong end: this starts slowly and ends fast.": dict(slow=True),
+        "Beyond the last step it goes on: from there it should stay at `final`.": dict(most=99),
+        "A square where a cube is asked for.": dict(power=2),
+        "It ends at 1, whatever `final` is.": lambda step, steps, final: _cubic(step, steps, 1.0),
+        "That is the share that is *left*.": dict(left=True),
+    }),
+    Task("cut_neurons", _cut, "three tensors: weight, bias, following",
+         "layers of four shapes, with one neuron left up to all.", _neurons, {
+        "The next layer still reads every neuron: its columns have to go too.": dict(
+            change=lambda w, b, f, k: (w[k], b[k], f)),
+        "The next layer lost rows, its own neurons; what reads the cut ones are its columns.": dict(
+            change=lambda w, b, f, k: (w[k], b[k], f[k])),
+        "The biases of the cut neurons are still there.": dict(change=lambda w, b, f, k: (w[k], b, f[:, k])),
+        "Upside down: `keep` says which neurons stay.": dict(change=lambda w, b, f, k: (w[~k], b[~k], f[:, ~k])),
+        "They are zero, but still there: take the rows and columns out.": dict(
+            change=lambda w, b, f, k: (w * k[:, None], b * k, f * k)),
+        "The first layer lost columns, its inputs; its neurons are the rows.": dict(
+            change=lambda w, b, f, k: (w[:, k], b[k], f[:, k])),
+    }),
+    Task("csr_bytes", _csr, "a whole number", "empty rows, negative numbers, nothing but zeros.", _sparse, {
+        "Where the values lie has to be stored too: a column of 2 bytes for each.": dict(column=0),
+        "There is one row start more than rows: the last says where everything ends.": dict(starts=0),
+        "The row starts are missing.": dict(starts=None),
+        "A column takes 2 bytes here, not 4.": dict(column=4),
+        "That is the dense tensor: zeros are not stored.": lambda weight: 4 * weight.numel(),
+        "Negative weights are not zero: count what differs from 0.": dict(kept=lambda w: w > 0),
+        "That stores the zeros: count the others.": dict(kept=lambda w: w == 0),
+    }),
+    Task("spot_the_fault", _is_sound, "True or False", "one sound function and six broken ones, told apart.",
+         lambda rng: [(_SUSPECTS[i],) for i in (0, *(1 + rng.permutation(6)).tolist())], {
+        "You call every one sound: try both signs, equal weights, rows of different size.": dict(always=True),
+        "You call every one broken: one of the seven does what it should.": dict(always=False),
+        "You tried positive weights only, all different: what do these functions do with others?": dict(
+            tries=[(torch.tensor([0.3, 0.1, 0.7, 0.5]), 0.5)]),
+    }),
 ]  # fmt: skip
 
 # --- 03: quantization -------------------------------------------------------------------------------------------------
@@ -353,7 +320,7 @@ def _ste(x, scale, zero_point, qmin, qmax, rounding=torch.round, everywhere=Fals
 def _on_the_grid(rng):
     for shape, zero, qmin, qmax in (((12,), 0, -7, 7), ((3, 5), 6, 0, 15), ((4, 4), 1, -1, 2), ((6, 2), 0, -127, 127)):
         marks = torch.tensor(rng.integers(qmin - 6, qmax + 7, shape).astype(np.float64))
-        marks.view(-1)[:2] = torch.tensor([qmin - 3.0, qmax + 2.0])
+        marks.view(-1)[:4] = torch.tensor([qmin - 3.0, qmax + 2.0, qmin, qmax])
         # Not near a half, where roundings differ; nor just outside the grid, where conventions do.
         off = torch.tensor(rng.uniform(0.1, 0.3, shape) * rng.choice([-1.0, 1.0], shape))
         off = torch.where(marks == qmax, -off.abs(), torch.where(marks == qmin, off.abs(), off))
@@ -436,83 +403,66 @@ def _same_total(got, expected, counts):
 
 
 _CHAPTER_03 = [
+    Task("affine_qparams", _qparams, "a pair (scale, zero_point)",
+         "ranges around 0, above it, below it, and empty; 2, 4 and 8 bits.", _ranges, {
+        "Zero is not on this grid: widen the range to contain 0 first.": dict(widen=False),
+        "2^bits points have 2^bits − 1 steps between them.": dict(points=0),
+        "The zero point has the wrong sign: it is −low / scale.": dict(sign=1),
+        "The zero point is an integer of the grid: round it.": dict(rounding=float),
+        "The zero point is rounded down; round it to the nearest.": dict(rounding=math.floor),
+        "That is a symmetric grid; here the integers run from 0 to 2^bits − 1.": lambda low, high, bits: (
+            max(-low, high) / (2 ** (bits - 1) - 1) or 1.0, 0),
+    }),
+    Task("fake_quantize_ste", _ste, "a tensor with a gradient",
+         "values and gradients, inside the grid and outside, with and without a zero point.", _on_the_grid, {
+        "The values are right, but no gradient comes through: round() is flat.": dict(through=False),
+        "The values are right, but clipped entries have gradient 1: they do not move, so 0.": dict(everywhere=True),
+        "The zero point is not used.": dict(zero=0),
+        "The zero point is added and not taken off again.": dict(back=0),
+        "That rounds down; round to the nearest.": dict(rounding=torch.floor),
+        "Nothing is clipped: there are no integers outside qmin to qmax.": lambda x, s, z, low, high: (
+            _ste(x, s, z, -999, 999)),
+    }, observe=with_gradient),
     Task(
-        "affine_qparams", _qparams, "a pair (scale, zero_point)",
-        "ranges around 0, above it, below it, and empty; 2, 4 and 8 bits.", _ranges,
-        {
-            "Zero is not on this grid: widen the range to contain 0 first.": dict(widen=False),
-            "2^bits points have 2^bits − 1 steps between them.": dict(points=0),
-            "The zero point has the wrong sign: it is −low / scale.": dict(sign=1),
-            "The zero point is an integer of the grid: round it.": dict(rounding=float),
-            "The zero point is rounded down; round it to the nearest.": dict(rounding=math.floor),
-            "That is a symmetric grid; here the integers run from 0 to 2^bits − 1.": lambda low, high, bits: (
-                max(-low, high) / (2 ** (bits - 1) - 1) or 1.0, 0),
-        },
-    ),
+         "per_group", _groups, "a tensor of the weight's shape", "groups of 1 to 4 at 2, 4 and 8 bits, some all zeros.",
+         _grouped, {
+        "That is one scale for the whole tensor.": dict(shape=(1, 1, -1)),
+        "That is one scale a row.": lambda weight, bits, group: _groups(weight, bits, weight.shape[1]),
+        "The groups run down the columns; what lies side by side in a row shares a scale.": dict(flip=True),
+        "The largest integer is 2^(bits − 1) − 1, so that −x and x are equally well off.": dict(spare=0),
+        "A group of zeros has become NaN: its scale is 0, and 0 / 0 is no number.": dict(nothing=math.nan),
+    }),
     Task(
-        "fake_quantize_ste", _ste, "a tensor with a gradient",
-        "values and gradients, inside the grid and outside, with and without a zero point.", _on_the_grid,
-        {
-            "The values are right, but no gradient comes through: round() is flat.": dict(through=False),
-            "The values are right, but clipped entries have gradient 1: they do not move, so 0.": dict(everywhere=True),
-            "The zero point is not used.": dict(zero=0),
-            "The zero point is added and not taken off again.": dict(back=0),
-            "That rounds down; round to the nearest.": dict(rounding=torch.floor),
-            "Nothing is clipped: there are no integers outside qmin to qmax.": lambda x, s, z, low, high: (
-                _ste(x, s, z, -999, 999)),
-        },
-        observe=with_gradient,
-    ),
-    Task(
-        "per_group", _groups, "a tensor of the weight's shape", "groups of 1 to 4 at 2, 4 and 8 bits, some all zeros.",
-        _grouped,
-        {
-            "That is one scale for the whole tensor.": dict(shape=(1, 1, -1)),
-            "That is one scale a row.": lambda weight, bits, group: _groups(weight, bits, weight.shape[1]),
-            "The groups run down the columns; what lies side by side in a row shares a scale.": dict(flip=True),
-            "The largest integer is 2^(bits − 1) − 1, so that −x and x are equally well off.": dict(spare=0),
-            "A group of zeros has become NaN: its scale is 0, and 0 / 0 is no number.": dict(nothing=math.nan),
-        },
-    ),
-    Task(
-        "requantize", _requantized, "an int8 tensor", "sums of both signs, beyond both ends, with a zero point.", _sums,
-        {
-            "That cuts the fraction off, towards 0; round to the nearest.": dict(rounding=torch.trunc),
-            "That rounds down; round to the nearest.": dict(rounding=torch.floor),
-            "int8 wraps around where the sum is too large: clamp to −128 … 127 first.": dict(wrap=True),
-            "The zero point belongs to the output's grid: scale first, then add it.": dict(first=1),
-            "You clamp before the zero point is added; clamp last.": dict(wrap="late"),
-            "The zero point is not used.": dict(zero=0),
-            "int8 reaches down to −128.": dict(low=-127),
-            "Negative sums have become 0: int8 has negative numbers.": dict(low=0),
-        },
-    ),
-    Task(
-        "kmeans_codebook", _kmeans, "a pair (centres, index)",
-        "1 to 12 rounds, 2 and 4 centres, one of them without a single value.", _clouds,
-        {
-            "The index is from before the last move: look once more which centre is nearest.": dict(fresh=False),
-            "A centre without values has become NaN: leave it where it is.": dict(empty=math.nan),
-            "A centre without values was set to 0: leave it where it is.": dict(empty=0.0),
-            "That is the median; k-means moves a centre to the mean.": dict(move=torch.median),
-            "One round only, whatever `rounds` is.": dict(most=1),
-            "The centres never move.": dict(most=0),
-        },
-    ),
-    Task(
-        "huffman_lengths", _huffman, "a list of whole numbers",
-        "even and uneven counts, a symbol that never occurs, one symbol alone.",
-        lambda rng: [([5, 1, 1, 1],), ([1, 1, 2, 3, 5, 8, 13],), ([4, 4, 4, 4, 4],), ([3, 0, 5, 1],), ([0, 7],),
-                     (rng.integers(1, 99, 12).tolist(),)],
-        {
-            "All codes are equally long: frequent symbols get short ones.": dict(each=lambda c, k, n: math.log2(k)),
-            "That is ⌈−log₂ p⌉ for each by itself (Shannon): merging the two rarest does better.": dict(
-                each=lambda c, k, n: math.log2(n / c)),
-            "The rarest merges with another than the second rarest: take the two rarest.": dict(second=list.pop),
-            "A symbol that never occurs needs no code: length 0.": dict(zeros=True),
-        },
-        same=_same_total,
-    ),
+         "requantize", _requantized, "an int8 tensor", "sums of both signs, beyond both ends, zero points.", _sums,
+         {
+        "That cuts the fraction off, towards 0; round to the nearest.": dict(rounding=torch.trunc),
+        "That rounds down; round to the nearest.": dict(rounding=torch.floor),
+        "int8 wraps around where the sum is too large: clamp to −128 … 127 first.": dict(wrap=True),
+        "The zero point belongs to the output's grid: scale first, then add it.": dict(first=1),
+        "You clamp before the zero point is added; clamp last.": dict(wrap="late"),
+        "The zero point is not used.": dict(zero=0),
+        "int8 reaches down to −128.": dict(low=-127),
+        "Negative sums have become 0: int8 has negative numbers.": dict(low=0),
+    }),
+    Task("kmeans_codebook", _kmeans, "a pair (centres, index)",
+         "1 to 12 rounds, 2 and 4 centres, one of them without a single value.", _clouds, {
+        "The index is from before the last move: look once more which centre is nearest.": dict(fresh=False),
+        "A centre without values has become NaN: leave it where it is.": dict(empty=math.nan),
+        "A centre without values was set to 0: leave it where it is.": dict(empty=0.0),
+        "That is the median; k-means moves a centre to the mean.": dict(move=torch.median),
+        "One round only, whatever `rounds` is.": dict(most=1),
+        "The centres never move.": dict(most=0),
+    }),
+    Task("huffman_lengths", _huffman, "a list of whole numbers",
+         "even and uneven counts, a symbol that never occurs, one symbol alone.",
+         lambda rng: [([5, 1, 1, 1],), ([1, 1, 2, 3, 5, 8, 13],), ([15, 7, 6, 6, 5],), ([3, 0, 5, 1],), ([0, 7],),
+         (rng.integers(1, 99, 12).tolist(),)], {
+        "All codes are equally long: frequent symbols get short ones.": dict(each=lambda c, k, n: math.log2(k)),
+        "That is ⌈−log₂ p⌉ for each by itself (Shannon): merging the two rarest does better.": dict(
+            each=lambda c, k, n: math.log2(n / c)),
+        "The rarest merges with another than the second rarest: take the two rarest.": dict(second=list.pop),
+        "A symbol that never occurs needs no code: length 0.": dict(zeros=True),
+    }, same=_same_total),
 ]  # fmt: skip
 
 TASKS = {task.name: task for task in _CHAPTER_01 + _CHAPTER_02 + _CHAPTER_03}
