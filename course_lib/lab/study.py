@@ -83,16 +83,9 @@ def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -
 
 
 def run_study(
-    grid: Iterable[Trial],
-    executor: Executor | None = None,
-    *,
-    work: Callable[[Trial], Mapping[str, object]],
-    folder: str | Path | None = None,
-    name: str = "study",
-    workers: int = 2,
-    version: str = "",
-    progress: bool = False,
-) -> "pandas.DataFrame":
+    grid: Iterable[Trial], executor: Executor | None = None, *, work: Callable[[Trial], Mapping[str, object]],
+    folder: str | Path | None = None, name: str = "study", workers: int = 2, version: str = "", progress: bool = False,
+) -> "pandas.DataFrame":  # fmt: skip
     """Measure every cell of a grid; what was measured before is not measured again.
 
     A cell that raises is a row with its ``error``; the rest goes on. Where a worker dies, the cells that were under way
@@ -113,7 +106,6 @@ def run_study(
         (missing where the cell went well) and ``seconds`` (of the work alone).
 
     Raises:
-        TypeError, ValueError: bad arguments, before anything has run.
         BrokenProcessPool: no worker can start; a script needs ``if __name__ == "__main__":`` around the call.
     """
     import pandas
