@@ -19,20 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
-    "UnsupportedModel",
-    "chain_steps",
-    "check_model",
-    "computed",
-    "copy_model",
-    "eval_mode",
-    "new_like",
-    "own_forward",
-    "real_tensor",
-    "replace_layers",
-    "share_of",
-    "weight_layers",
-    "whole_number",
-]
+    "UnsupportedModel", "chain_steps", "check_model", "computed", "copy_model", "eval_mode", "new_like",
+    "own_forward", "real_tensor", "replace_layers", "share_of", "weight_layers", "whole_number",
+]  # fmt: skip
 
 
 def share_of(value: float, name: str) -> float:
@@ -71,6 +60,9 @@ def real_tensor(value: Tensor, name: str, *, finite: bool = True) -> Tensor:
     return value
 
 
+Convert = Callable[[str, nn.Module], nn.Module]
+
+
 class UnsupportedModel(ValueError):
     """A part of the model cannot be handled rightly: the text names the module and says what fits."""
 
@@ -81,10 +73,10 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
     >>> with eval_mode(model):
-    ...     model[0].training
+    ...     print(model[0].training)
     False
-    >>> model[0].training, model[1].training
-    (True, False)
+    >>> [module.training for module in model]
+    [True, False]
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -107,8 +99,8 @@ def check_model(model: nn.Module, doing: str = "copy") -> None:
 
 def computed(module: nn.Module) -> str:
     """Why a weight of this module is no plain parameter, or an empty text."""
-    plain = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
     # torch.nn.utils.prune and weight_norm leave a plain tensor where the parameter was, and renew it by a hook.
+    plain = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
     if nn.utils.parametrize.is_parametrized(module) or (plain and module._forward_pre_hooks):
         return (
             f"its {plain[0] if plain else next(iter(module.parametrizations))} is no plain parameter but computed by a "
@@ -125,9 +117,8 @@ def _wrapped(module: nn.Module) -> str:
         return "torch.compile wraps it; give model._orig_mod, and compile what comes out"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript has no Python layers; give the module that was scripted"
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return "it is spread over devices; give model.module, and wrap what comes out"
-    return ""
+    parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return "it is spread over devices; give model.module, and wrap what comes out" if parallel else ""
 
 
 def _hooked(module: nn.Module) -> str:
@@ -137,23 +128,23 @@ def _hooked(module: nn.Module) -> str:
     for key, p in module.named_parameters(recurse=False):
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"a copy would lose the hook on its {key}; take it off first (handle.remove())"
-    for key, part, by_function in _kept_beside(module):
-        if by_function:
-            what = f"its attribute {key!r} is a function that holds a {type(part).__name__}"
-            return f"{what}, which a copy would share with this model; make it a method or a registered submodule"
-    return ""
+    held = ((key, type(part).__name__) for key, part, by_function in _kept_beside(module) if by_function)
+    return next(
+        (
+            f"its attribute {key!r} is a function that holds a {kind}, which a copy would share with this model; "
+            "make it a method or a registered submodule"
+            for key, kind in held
+        ),
+        "",
+    )
 
 
 def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:
     """A deep copy in which what was shared is shared, and which shares nothing with ``model``.
 
-    Args:
-        doing: what the caller is about to do, for the error: "cannot <doing> '0' (Linear): ...".
-
     Raises:
-        TypeError: not a module.
-        UnsupportedModel: compiled, scripted or parallel wrappers; weights under ``torch.nn.utils.prune`` or another
-            parametrization; lazy layers; hooks; attributes that are functions over the model's own layers.
+        UnsupportedModel: "cannot <doing> '0' (Linear): ...": compiled, scripted or parallel wrappers; weights under
+            ``torch.nn.utils.prune`` or another parametrization; lazy layers; hooks; functions over the model's layers.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight = model[0].weight
@@ -175,30 +166,22 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     >>> list(weight_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
     ['0', '2']
     """
-    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-    return {name: layer for name, layer in layers if not own_forward(layer)}
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, (nn.Linear, nn.Conv2d)) and not own_forward(m)}
 
 
 def replace_layers(
-    model: nn.Module,
-    convert: Callable[[str, nn.Module], nn.Module],
-    *,
-    skip: Collection[str] = (),
-    doing: str = "convert",
+    model: nn.Module, convert: Convert, *, skip: Collection[str] = (), doing: str = "convert"
 ) -> nn.Module:
     """A copy of ``model`` in which each linear and 2-D convolution layer is ``convert(name, layer)``.
 
-    Layers used twice stay one layer, and parameters that layers share stay shared. ``model`` is unchanged.
-
-    Args:
-        convert: gets a layer of the copy and its first name; returning the layer itself leaves it as it is.
-        skip: names of modules (with all inside) and of parameters that are to stay as they are.
+    ``convert`` gets a layer of the copy and its first name. Layers used twice stay one, shared parameters stay shared.
+    ``skip`` names modules (with all inside) and parameters that are to stay as they are.
 
     Raises:
-        UnsupportedModel: whatever :func:`copy_model` refuses; a weight that would be left out in silence (a layer with
-            a forward of its own, another kind of layer with a weight, a matrix in no layer) or a layer that its parent
-            never calls (attention), unless it is in ``skip``.
-        ValueError: a name in ``skip`` that does not exist.
+        UnsupportedModel: what :func:`copy_model` refuses; a weight that would be left out in silence (a layer with a
+            forward of its own, another kind of layer, a matrix in no layer), a layer that its parent never calls
+            (attention), unless in ``skip``. ValueError: a name in ``skip`` that does not exist.
     """
     model = copy_model(model, doing)
     layers = {name: layer for name, layer in weight_layers(model).items() if not _within(name, skip)}
@@ -208,8 +191,8 @@ def replace_layers(
     new = {layer: convert(name, layer).train(layer.training) for name, layer in layers.items()}
     _tie(model, new, doing)
     for module in list(model.modules()):
-        for name, child in module._modules.items():  # named_children() lists a shared layer once only
-            module._modules[name] = new.get(child, child)
+        # named_children() would list a shared layer once only.
+        module._modules.update({name: new.get(child, child) for name, child in module._modules.items()})
     return new.get(model, model)
 
 
@@ -231,12 +214,12 @@ def new_like(layer: nn.Module, kind: type, weight: Tensor, **options) -> nn.Modu
 def chain_steps(model: nn.Module, doing: str = "convert") -> list[tuple[str, nn.Module]]:
     """The steps of a chain in order, nested ``nn.Sequential`` opened, a module used twice listed twice.
 
-    UnsupportedModel: what :func:`check_model` refuses; a module that has children but is no ``nn.Sequential``, or that
-    has a forward of its own.
+    UnsupportedModel: what :func:`check_model` refuses; a module with children that is no ``nn.Sequential``, or with a
+    forward of its own.
 
     >>> relu = nn.ReLU()
-    >>> [name for name, _ in chain_steps(nn.Sequential(nn.Linear(2, 2), relu, nn.Sequential(nn.Linear(2, 2), relu)))]
-    ['0', '1', '2.0', '2.1']
+    >>> [name for name, _ in chain_steps(nn.Sequential(nn.Linear(2, 2), relu, nn.Sequential(relu)))]
+    ['0', '1', '2.0']
     """
     check_model(model, doing)
 
@@ -264,7 +247,7 @@ def own_forward(module: nn.Module) -> bool:
 
 
 def _within(name: str, skip: Collection[str]) -> bool:
-    return any(name == s or name.startswith(f"{s}.") for s in skip)
+    return any(f"{name}.".startswith(f"{s}.") for s in skip)
 
 
 def _refuse_left_out(model: nn.Module, layers: dict[str, nn.Module], skip: Collection[str], doing: str) -> None:
@@ -322,10 +305,10 @@ def _reads_weight(function: object, owner: type, seen: set) -> bool:
     if code is None or code in seen:
         return False
     seen.add(code)
-    steps = [step.argval for step in dis.get_instructions(code)]
-    for before, step, after in zip(["", *steps], steps, [*steps[1:], ""], strict=False):
-        if step == "weight" and before != "self" and after not in ("device", "dtype", "shape", "size"):
-            return True
+    steps = ["", *(step.argval for step in dis.get_instructions(code)), ""]
+    uses = ((steps[i - 1], steps[i + 1]) for i, step in enumerate(steps) if step == "weight")
+    if any(before != "self" and after not in ("device", "dtype", "shape", "size") for before, after in uses):
+        return True
     return any(_reads_weight(getattr(owner, name, None), owner, seen) for name in code.co_names)
 
 

@@ -1,9 +1,7 @@
-"""Codebooks: many weights share few values, found by k-means and then trained (Deep Compression's second stage).
+"""Codebooks: many weights share few values, found by k-means and then trained ("Deep Compression", Han et al. 2016).
 
-Han, Mao, Dally 2016, "Deep Compression": each layer's weights are clustered into 2^b values in one dimension, with
-centroids that start evenly spaced between the smallest and the largest weight (the initialisation that kept large
-weights best). Afterwards only the centroids are trained: a centroid's gradient is the sum of the gradients of the
-weights that share it.
+Each layer's weights are clustered into 2^b values, with centroids that start evenly spaced between the smallest and the
+largest weight. Then only the centroids are trained: each gets the sum of the gradients of the weights that share it.
 """
 
 from collections.abc import Collection
@@ -31,22 +29,11 @@ class Codebook:
         return self.centroids[self.index]
 
 
-def kmeans_codebook(
-    weight: Tensor, bits: int = 4, *, keep_zeros: bool = True, iterations: int = 50, dtype: torch.dtype | None = None
-) -> Codebook:
-    """Cluster the values of ``weight`` into at most 2^bits shared ones by Lloyd's iteration in one dimension.
+def kmeans_codebook(weight: Tensor, bits: int = 4, *, keep_zeros: bool = True, iterations: int = 50) -> Codebook:
+    """Cluster ``weight`` (finite floats) into at most 2^bits (bits 1 to 8) shared values, by Lloyd's iteration.
 
-    Args:
-        weight: finite floating-point tensor of any shape, not empty.
-        bits: width of an index, 1 to 8.
-        keep_zeros: zeros stay exactly zero and take one of the 2^bits entries (if there are any): a pruned weight
-            stays so, and a small weight that lies nearest to zero goes to the nearest other centroid.
-        iterations: at most so many rounds, at least 1; it ends earlier when no centroid moves.
-        dtype: round the centroids to this type (say ``torch.float16``, half the bytes in a file) before they are used.
-
-    Returns:
-        :class:`Codebook`, centroids in the dtype of ``weight``; fewer than 2^bits if the weight has fewer distinct
-        values.
+    With ``keep_zeros`` zeros stay exactly zero and take one entry; a small weight goes to the nearest other centroid.
+    It ends after ``iterations`` rounds, or when no centroid moves. The centroids have the weight's dtype.
 
     >>> book = kmeans_codebook(torch.tensor([0.9, 1.1, 0.0, -2.0, -2.2]), bits=2)
     >>> [round(c, 3) for c in book.centroids.tolist()], book.index.tolist()
@@ -57,9 +44,7 @@ def kmeans_codebook(
     values = check_real(weight, "weight").double().flatten()
     zero = (values == 0) & keep_zeros
     ordered = values[~zero].sort().values
-    centroids = lloyd(ordered, entries - bool(zero.any()), iterations)
-    rounded = centroids.to(dtype or weight.dtype)
-    centroids = check_real(rounded, f"centroids in {rounded.dtype}").double()
+    centroids = lloyd(ordered, entries - bool(zero.any()), iterations).to(weight.dtype).double()
     nearest = torch.bucketize(values, (centroids[1:] + centroids[:-1]) / 2)
     shared = torch.where(zero, 0.0, centroids[nearest])
     centroids, index = shared.to(weight.dtype).unique(return_inverse=True)
@@ -69,7 +54,7 @@ def kmeans_codebook(
 def lloyd(ordered: Tensor, clusters: int, iterations: int) -> Tensor:
     """Centroids of ascending values, float64; clusters that run empty are dropped.
 
-    A cluster is a stretch of the ascending values, between the middles of its centroid and the neighbouring ones.
+    A cluster is a stretch of the values, between the middles of its centroid and the neighbouring ones.
 
     >>> lloyd(torch.tensor([0.0, 1.0, 8.0, 10.0]).double(), 2, 10).tolist()
     [0.5, 9.0]
@@ -109,35 +94,22 @@ class Shared(MadeWeight):
 
 
 class SharedLinear(Shared, nn.Linear):
-    """``nn.Linear`` whose weights share trained values; made by :func:`share_weights`."""
+    """Made by :func:`share_weights`."""
 
 
 class SharedConv2d(Shared, nn.Conv2d):
-    """``nn.Conv2d`` whose weights share trained values; made by :func:`share_weights`."""
+    """Made by :func:`share_weights`."""
 
 
 def share_weights(
-    model: nn.Module,
-    bits: int | dict[str, int] = 4,
-    *,
-    keep_zeros: bool = True,
-    iterations: int = 50,
-    skip: Collection[str] = (),
+    model: nn.Module, bits: int | dict[str, int] = 4, *, skip: Collection[str] = (), **options
 ) -> nn.Module:
     """A copy of ``model`` whose linear and convolution weights come from one codebook a layer, ready for fine-tuning.
 
-    Args:
-        model: a trained network, perhaps pruned; it is not modified. Layers that share a weight go on sharing it.
-        bits: width of the indices, 1 to 8, for all layers or by layer name (layers not named stay as they are).
-        keep_zeros, iterations: see :func:`kmeans_codebook`.
-        skip: names of layers to leave as they are.
-
-    Returns:
-        The copy; its trainable parameters are the centroids and the biases. :func:`plain` gives ordinary layers back.
-
-    Raises:
-        UnsupportedModel: see :func:`~course_lib.gate.replace_layers`. ValueError: bits out of range, a name that is no
-            layer, NaN or infinite weights.
+    Its parameters are the centroids and the biases; :func:`plain` gives ordinary layers back. Tied layers stay tied.
+    ``bits``, 1 to 8, are for all layers or by name (layers not named stay as they are, as those in ``skip`` do);
+    ``options`` are ``keep_zeros`` and ``iterations`` of :func:`kmeans_codebook`. UnsupportedModel: see
+    :func:`~course_lib.gate.replace_layers`. ValueError: bits or a name that does not fit, NaN or infinite weights.
 
     >>> shared = share_weights(nn.Linear(20, 10), bits=2)
     >>> sorted(name for name, _ in shared.named_parameters()), shared.made_weight().unique().numel() <= 4
@@ -148,7 +120,7 @@ def share_weights(
     def convert(name: str, layer: nn.Module) -> nn.Module:
         refuse_made(name, layer)
         with naming(name):
-            book = kmeans_codebook(layer.weight, widths[name], keep_zeros=keep_zeros, iterations=iterations)
+            book = kmeans_codebook(layer.weight, widths[name], **options)
         kind = SharedConv2d if isinstance(layer, nn.Conv2d) else SharedLinear
         return new_like(layer, kind, book.values(), codebook=book, entries=2 ** widths[name])
 

@@ -1,22 +1,20 @@
 """Four and eight bits a weight, as they are stored today: a table of levels, a code a weight, a scale a group.
 
 int4 with a scale a group (as GPTQ, AWQ and ONNX Runtime store it), NF4 (Dettmers et al. 2023, "QLoRA"), fp8 in the form
-e4m3 (Micikevicius et al. 2022, "FP8 Formats for Deep Learning"), and MXFP4 (Open Compute Project 2023, "Microscaling
-Formats"). Each encoder finds the level that is nearest to weight / scale. The scales are counted:
-:attr:`Encoded.bits` is what a weight truly takes, and at equal bits the formats can be compared.
+e4m3 (Micikevicius et al. 2022) and MXFP4 (Open Compute Project 2023). ``encode(weight, group)`` takes finite floats,
+one scale for ``group`` consecutive numbers of the last dimension, which it has to divide (``None``: one in all), and
+finds the level nearest to weight / scale. :attr:`Encoded.bits` counts the scales too.
 """
 
 import math
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from course_lib.gate import replace_layers
-from course_lib.methods.quantization import check_real, choose_qparams, naming, safe_scale, slices, spread
+from course_lib.methods.quantization import check_real, choose_qparams, safe_scale, slices, spread
 
-__all__ = ["FORMATS", "Encoded", "fp8_encode", "int4_encode", "mxfp4_encode", "nf4_encode", "stored_as"]
+__all__ = ["Encoded", "fp8_encode", "int4_encode", "mxfp4_encode", "nf4_encode"]
 
 
 def nf4_levels() -> Tensor:
@@ -37,15 +35,12 @@ LEVELS = {
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Weights in one of the :data:`FORMATS`.
+    """Encoded weights: ``codes``, uint8 in the weight's shape, are positions in the :data:`LEVELS` of the ``format``.
 
-    Attributes:
-        codes: uint8, the weight's shape; positions in the format's :data:`LEVELS`.
-        scale: float32, [] for the whole tensor or [..., n / group].
-        scale_bits: bits that one scale takes in a file.
+    ``scale`` is float32, [] or [..., n / group]; ``scale_bits`` is what one takes in a file.
 
-    >>> [(name, encode(torch.ones(8, 64)).bits) for name, encode in FORMATS.items()]
-    [('int4', 4.5), ('nf4', 4.5), ('fp8', 8.0625), ('mxfp4', 4.25)]
+    >>> [encode(torch.ones(8, 64)).bits for encode in (int4_encode, nf4_encode, fp8_encode, mxfp4_encode)]
+    [4.5, 4.5, 8.0625, 4.25]
     """
 
     format: str
@@ -87,11 +82,9 @@ def int4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
     >>> int4_encode(torch.tensor([[7.0, 3.4, -1.0, 0.0]]), group=4).values().tolist()
     [[7.0, 3.0, -1.0, 0.0]]
     """
-    q = choose_qparams(weight, 4, group=group)
-    scale = rounded_scale(q.scale)
-    marks = torch.round(scaled(weight, scale, group))
-    codes = marks.clamp(-7, 7).to(torch.int8) & 0xF
-    return Encoded("int4", codes.to(torch.uint8), scale, group, 16)
+    scale = rounded_scale(choose_qparams(weight, 4, group=group).scale)
+    marks = torch.round(scaled(weight, scale, group)).clamp(-7, 7)
+    return Encoded("int4", (marks.to(torch.int8) & 0xF).to(torch.uint8), scale, group, 16)
 
 
 def nf4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
@@ -110,11 +103,7 @@ def nf4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
 def small_float(x: Tensor, mantissa: int, least: int, largest: float) -> Tensor:
     """The nearest number (ties to even) with ``mantissa`` bits behind the point, clipped to ±``largest``.
 
-    Args:
-        x: float32, any shape.
-        mantissa: bits behind the leading one.
-        least: smallest exponent; below 2^least the numbers are evenly spaced.
-        largest: largest number of the format.
+    ``x`` is float32; ``least`` is the smallest exponent: below 2^least the numbers are evenly spaced.
 
     >>> small_float(torch.tensor([0.7, 2.5, 2.6, -9.0]), mantissa=1, least=0, largest=6).tolist()
     [0.5, 2.0, 3.0, -6.0]
@@ -132,47 +121,19 @@ def fp8_encode(weight: Tensor, group: int | None = None) -> Encoded:
     [448.0, 0.3125, -16.0]
     """
     scale = safe_scale(largest_of_groups(weight, group), 448)
-    x = scaled(weight, scale, group)
-    rounded = small_float(x, mantissa=3, least=-6, largest=448)
-    codes = rounded.to(torch.float8_e4m3fn).view(torch.uint8)
-    return Encoded("fp8", codes, scale, group, 32)
+    rounded = small_float(scaled(weight, scale, group), mantissa=3, least=-6, largest=448)
+    return Encoded("fp8", rounded.to(torch.float8_e4m3fn).view(torch.uint8), scale, group, 32)
 
 
 def mxfp4_encode(weight: Tensor, group: int = 32) -> Encoded:
-    """Floats of 4 bits, e2m1 (±0, 0.5, 1, 1.5, 2, 3, 4, 6), times a power of two that takes 8 bits.
-
-    The power is the largest one in the block, over 4, the largest of e2m1; what then lies above 6 is clipped.
+    """Floats of 4 bits, e2m1, times a power of two, 8 bits: the largest in the block over 4, the largest of e2m1.
 
     >>> mxfp4_encode(torch.tensor([[7.0, 2.4, -0.3, 0.0]]), group=4).values().tolist()
     [[6.0, 2.0, -0.5, 0.0]]
     """
     power = torch.frexp(safe_scale(largest_of_groups(weight, group), 4)).exponent - 1
     scale = torch.exp2(power.clamp(-127, 127).float())
-    x = scaled(weight, scale, group)
-    rounded = small_float(x, mantissa=1, least=0, largest=6)
+    rounded = small_float(scaled(weight, scale, group), mantissa=1, least=0, largest=6)
     magnitude = torch.bucketize(rounded.abs(), LEVELS["mxfp4"][:8].to(weight.device))
     codes = magnitude + 8 * torch.signbit(rounded)
     return Encoded("mxfp4", codes.to(torch.uint8), scale, group, 8)
-
-
-FORMATS = {"int4": int4_encode, "nf4": nf4_encode, "fp8": fp8_encode, "mxfp4": mxfp4_encode}
-"""Encoders by name: ``encode(weight, group)`` takes finite floats, one scale for ``group`` consecutive numbers of the
-last dimension, which it has to divide (``None``: one scale in all), and gives an :class:`Encoded`."""
-
-
-def stored_as(model: nn.Module, encode: Callable[[Tensor], Encoded], *, skip: Collection[str] = ()) -> nn.Module:
-    """A copy of ``model`` whose linear and convolution layers hold the values that ``encode`` keeps of their weights.
-
-    A group lies along the numbers that are summed up for one output: a convolution's weight counts as [O, C · kh · kw].
-    Errors as :func:`~course_lib.gate.replace_layers` and the encoder have them.
-
-    >>> stored_as(nn.Linear(32, 2), nf4_encode).weight.unique().numel() <= 2 * 16
-    True
-    """
-
-    def convert(name: str, layer: nn.Linear | nn.Conv2d) -> nn.Module:
-        with torch.no_grad(), naming(name):
-            layer.weight.copy_(encode(layer.weight.flatten(1)).values().view_as(layer.weight))
-        return layer
-
-    return replace_layers(model, convert, skip=skip, doing="encode")

@@ -4,8 +4,7 @@ Jacob et al. 2018, sections 2.2 to 2.4. With x = s_x (q_x - z_x) and w = s_w (q_
 
     q_y = z_y + (s_x s_w / s_y) · (Σ (q_x - z_x)(q_w - z_w) + q_b),      q_b = round(b / (s_x s_w)) in int32,
 
-and the one real number left, s_x s_w / s_y, is a 31-bit integer times a power of two. Every function here computes with
-integers alone; the only floats are in the grids that describe them.
+and the one real number left, s_x s_w / s_y, is a 31-bit integer times a power of two. The only floats are in the grids.
 """
 
 from collections.abc import Callable
@@ -16,31 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.gate import UnsupportedModel
-from course_lib.methods.quantization import (
-    QuantParams,
-    check_integers,
-    check_real,
-    choose_qparams,
-    dequantize,
-    naming,
-    quantize,
-    safe_scale,
-)
+
+from course_lib.methods.quantization import (  # isort: skip
+    QuantParams, check_integers, check_real, choose_qparams, dequantize, naming, quantize, safe_scale,
+)  # fmt: skip
 from course_lib.methods.quantized_layers import calibrate, fold_batchnorm
 
 __all__ = [
-    "FixedPoint",
-    "IntegerLayer",
-    "IntegerNetwork",
-    "fixed_point",
-    "integer_conv2d",
-    "integer_layer",
-    "integer_linear",
-    "integer_max_pool2d",
-    "integer_network",
-    "quantize_bias",
-    "requantize",
-]
+    "FixedPoint", "IntegerLayer", "IntegerNetwork", "fixed_point", "integer_conv2d", "integer_linear",
+    "integer_max_pool2d", "integer_network", "quantize_bias", "requantize",
+]  # fmt: skip
 
 INT32_MAX = 2**31 - 1
 
@@ -76,10 +60,7 @@ def fixed_point(real: Tensor) -> FixedPoint:
 def requantize(accumulator: Tensor, factor: FixedPoint, q: QuantParams) -> Tensor:
     """int32 sums → integers on the grid ``q``: multiply, shift with rounding (half up), add the zero point, clip.
 
-    Args:
-        accumulator: integers, any shape that broadcasts with ``factor``.
-        factor: s_x s_w / s_y.
-        q: the output's grid, one scale in all.
+    ``accumulator`` has any shape that broadcasts with ``factor``, which is s_x s_w / s_y; ``q`` has one scale in all.
     """
     if accumulator.is_floating_point() or accumulator.is_complex():
         raise TypeError(f"accumulator must hold integers, got {accumulator.dtype}")
@@ -105,11 +86,10 @@ def quantize_bias(bias: Tensor, x_q: QuantParams, w_q: QuantParams) -> Tensor:
 
 def check_layer(x: Tensor, x_q: QuantParams, w: Tensor, w_q: QuantParams, bias: Tensor | None, y_q: QuantParams):
     """Refuse grids and shapes that do not fit, and sums that an int32 accumulator could not hold in the worst case."""
-    if x_q.axis is not None or y_q.axis is not None or w_q.axis not in (None, 0) or w_q.group or x_q.group or y_q.group:
-        raise ValueError(
-            "inputs and outputs need one scale, weights one or one an output channel (axis 0); "
-            f"got axes {x_q.axis}, {y_q.axis} and {w_q.axis}, groups {x_q.group}, {y_q.group} and {w_q.group}"
-        )
+    axes, groups = zip(*((q.axis, q.group) for q in (x_q, w_q, y_q)), strict=True)
+    if (axes[0], axes[2]) != (None, None) or axes[1] not in (None, 0) or any(groups):
+        need = "inputs and outputs need one scale, weights one or one an output channel (axis 0)"
+        raise ValueError(f"{need}; got for input, weight, output the axes {axes} and groups {groups}")
     if x.dim() != w.dim() or x.shape[1] != w.shape[1]:
         need = "inputs [N, I] and weights [O, I]" if w.dim() == 2 else "inputs [N, C, H, W] and weights [O, C, kh, kw]"
         raise ValueError(f"{need} are needed, got {tuple(x.shape)} and {tuple(w.shape)}")
@@ -117,39 +97,27 @@ def check_layer(x: Tensor, x_q: QuantParams, w: Tensor, w_q: QuantParams, bias: 
     terms = w[0].numel()
     worst = terms * reach[0] * reach[1] + (int(bias.abs().max()) if bias is not None and bias.numel() else 0)
     if worst > INT32_MAX:
-        raise ValueError(
-            f"a sum of {terms} products of up to {reach[0]} × {reach[1]}, bias included, can reach {worst}: "
-            f"more than int32 holds ({INT32_MAX})"
-        )
-
-
-def rescaling(x_q: QuantParams, w_q: QuantParams, y_q: QuantParams) -> FixedPoint:
-    """s_x s_w / s_y, a number in all or one an output channel."""
-    return fixed_point(x_q.scale.double() * w_q.scale.double() / y_q.scale.double())
+        sums = f"a sum of {terms} products of up to {reach[0]} × {reach[1]}, bias included,"
+        raise ValueError(f"{sums} can reach {worst}: more than int32 holds ({INT32_MAX})")
 
 
 def integer_linear(
     xq: Tensor, x_q: QuantParams, wq: Tensor, w_q: QuantParams, bias: Tensor | None, y_q: QuantParams
 ) -> Tensor:
-    """A linear layer on integers.
+    """A linear layer on integers: inputs [N, I], weights [O, I], bias int32 [O] or ``None`` → [N, O] in ``y_q.dtype``.
 
-    Args:
-        xq: inputs [N, I] on the grid ``x_q`` (one scale).
-        wq: weights [O, I] on the grid ``w_q`` (one scale, or one a row: axis 0).
-        bias: int32 [O] from :func:`quantize_bias`, or ``None``.
-        y_q: the output's grid (one scale).
-
-    Returns:
-        Outputs [N, O] in ``y_q.dtype``: within one step of quantizing the layer computed on the dequantized numbers.
-
-    Raises:
-        TypeError: floating-point numbers. ValueError: shapes that do not fit, sums that int32 might not hold.
+    Within one step of quantizing the layer computed on the dequantized numbers. ``x_q`` and ``y_q`` have one scale,
+    ``w_q`` one or one a row (axis 0). TypeError: floats. ValueError: shapes that do not fit, sums beyond int32.
     """
     check_layer(xq, x_q, wq, w_q, bias, y_q)
     accumulator = centred(xq, x_q, "xq") @ centred(wq, w_q, "wq").T
-    if bias is not None:
-        accumulator = accumulator + bias
-    return requantize(accumulator, rescaling(x_q, w_q, y_q), y_q)
+    return rescaled(accumulator, x_q, w_q, bias, y_q)
+
+
+def rescaled(total: Tensor, x_q: QuantParams, w_q: QuantParams, bias: Tensor | None, y_q: QuantParams) -> Tensor:
+    """Sums [..., O] and their bias in steps of s_x s_w → integers in steps of s_y."""
+    factor = fixed_point(x_q.scale.double() * w_q.scale.double() / y_q.scale.double())
+    return requantize(total if bias is None else total + bias, factor, y_q)
 
 
 def windows(xq: Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], fill: int) -> Tensor:
@@ -161,16 +129,9 @@ def windows(xq: Tensor, size: tuple[int, int], stride: tuple[int, int], padding:
 
 
 def integer_conv2d(
-    xq: Tensor,
-    x_q: QuantParams,
-    wq: Tensor,
-    w_q: QuantParams,
-    bias: Tensor | None,
-    y_q: QuantParams,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-) -> Tensor:
+    xq: Tensor, x_q: QuantParams, wq: Tensor, w_q: QuantParams, bias: Tensor | None, y_q: QuantParams,
+    *, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     """A convolution on integers: inputs [N, C, H, W], weights [O, C, kh, kw] → [N, O, H', W'].
 
     The border is padded with the input's zero point, the integer that stands for 0.0. Otherwise as
@@ -181,10 +142,7 @@ def integer_conv2d(
     patches = windows(centred(xq, x_q, "xq"), tuple(wq.shape[2:]), stride, padding, 0)
     columns = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)  # [N, H', W', C · kh · kw]
     accumulator = columns @ centred(wq, w_q, "wq").flatten(1).T
-    if bias is not None:
-        accumulator = accumulator + bias
-    yq = requantize(accumulator, rescaling(x_q, w_q, y_q), y_q)
-    return yq.movedim(3, 1).contiguous()
+    return rescaled(accumulator, x_q, w_q, bias, y_q).movedim(3, 1).contiguous()
 
 
 def integer_max_pool2d(
@@ -196,14 +154,8 @@ def integer_max_pool2d(
 
 @dataclass(frozen=True, eq=False)
 class IntegerLayer:
-    """A linear or convolution layer in integers.
-
-    Attributes:
-        x_q, w_q, y_q: grids of input, weight and output.
-        weight: int8 [O, I] or [O, C, kh, kw].
-        bias: int32 [O].
-        stride, padding: of a convolution.
-        relu: whether the output is clipped at 0.0, the ReLU after the layer.
+    """A layer in integers: int8 ``weight`` [O, I] or [O, C, kh, kw], int32 ``bias`` [O], and the grids of input,
+    weight and output; ``relu`` clips the output at 0.0.
     """
 
     x_q: QuantParams
@@ -223,17 +175,9 @@ class IntegerLayer:
 
 
 def integer_layer(
-    layer: nn.Linear | nn.Conv2d,
-    x_q: QuantParams,
-    y_q: QuantParams,
-    *,
-    relu: bool = False,
-    per_channel: bool = True,
+    layer: nn.Linear | nn.Conv2d, x_q: QuantParams, y_q: QuantParams, *, relu: bool, per_channel: bool
 ) -> IntegerLayer:
-    """An 8-bit :class:`IntegerLayer` from a float layer and the grids of its input and output.
-
-    Raises UnsupportedModel for a convolution with groups, dilation, or padding other than zeros in numbers.
-    """
+    """An 8-bit layer from a float one, which may have no groups, dilation, or padding other than zeros in numbers."""
     sizes = {}
     if isinstance(layer, nn.Conv2d):
         numbers = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -262,9 +206,8 @@ def room_for_bias(weight: Tensor, bias: Tensor, x_q: QuantParams, per_channel: b
 class IntegerNetwork:
     """Steps from integers to integers; call it on float images [N, ...] to get float logits [N, K].
 
-    Attributes:
-        steps: (name, step) pairs; a step is an :class:`IntegerLayer`, or max-pooling, clipping at 0.0 or flattening.
-        x_q, y_q: grids of the images and of the logits.
+    ``steps`` are (name, step) pairs: :class:`IntegerLayer`, or max-pooling, clipping at 0.0 or flattening; ``x_q`` and
+    ``y_q`` are the grids of the images and of the logits.
     """
 
     steps: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]
@@ -281,8 +224,7 @@ class IntegerNetwork:
 def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """What a chain does to an image when it is deployed: BatchNorm folded, Dropout and Identity left out, in float32.
 
-    Raises:
-        UnsupportedModel: names a step that is no linear, convolution, ReLU, max-pooling or flatten layer.
+    UnsupportedModel: names a step that is no linear, convolution, ReLU, max-pooling or flatten layer.
     """
     steps = [(n, m) for n, m in fold_batchnorm(model).float()._modules.items() if not isinstance(m, NOTHING)]
     for name, module in steps:
@@ -305,12 +247,12 @@ def integer_network(
 
     Args:
         model: linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers; it is not modified.
-        calibration: images [N, ...] on which the ranges of all activations are chosen.
-        method: see :func:`~course_lib.methods.quantized_layers.calibrate`.
+        calibration: images [N, ...] on which the ranges of all activations are chosen, by the ``method`` of
+            :func:`~course_lib.methods.quantized_layers.calibrate`.
         per_channel: one weight scale an output channel instead of one a layer.
 
     Raises:
-        UnsupportedModel: another kind of layer (it is named), or a layer whose input has no batch in front.
+        UnsupportedModel: names another kind of layer, or one whose input has no batch in front.
         ValueError: empty calibration data, NaN or infinite values.
 
     >>> net, images = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(100, 4)
@@ -322,11 +264,10 @@ def integer_network(
     chain, steps = float_steps(model), []
     grid = x_q = calibrate(x, method=method)
     for (name, module), (_, after) in zip(chain, [*chain[1:], ("", None)], strict=True):
-        shape = tuple(x.shape)
+        if x.dim() != {nn.Linear: 2, nn.Conv2d: 4, nn.MaxPool2d: 4}.get(type(module), x.dim()):
+            raise UnsupportedModel(f"{name!r} ({module}) gets {tuple(x.shape)}; [N, I] or [N, C, H, W] is needed")
         with torch.no_grad():
             x = module(x)
-        if len(shape) != {nn.Linear: 2, nn.Conv2d: 4, nn.MaxPool2d: 4}.get(type(module), len(shape)):
-            raise UnsupportedModel(f"{name!r} ({module}) gets {shape}; [N, I] or [N, C, H, W] is needed")
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             relu = isinstance(after, nn.ReLU)
             with naming(name):

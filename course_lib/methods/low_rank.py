@@ -13,17 +13,10 @@ __all__ = ["factorize", "rank_for_bytes"]
 def factorize(layer: nn.Module, rank: int | Mapping[str, int]) -> nn.Sequential | nn.Module:
     """The best layer of this rank: ``W = U Σ Vᵀ ≈ (U √Σ)(√Σ Vᵀ)``, two thin layers (Eckart & Young 1936).
 
-    A linear layer becomes ``Linear(in, rank)`` and ``Linear(rank, out)``; a convolution a convolution to ``rank``
-    channels and a 1×1 convolution after it (Denil et al. 2013). No weight of that rank has a smaller squared error.
-
-    Args:
-        layer: an ``nn.Linear`` or ungrouped ``nn.Conv2d``, or a model: a copy of it is returned, then.
-        rank: in [1, min(out, in·kh·kw)]; for a model also ``{layer name: rank}``. One number for a whole model leaves
-            the layers that it would not make smaller as they are.
-
-    Raises:
-        UnsupportedModel: a model that cannot be converted rightly (see :mod:`course_lib.gate`), a grouped convolution.
-        ValueError: a rank out of range, a name that is no layer, NaN or infinite weights.
+    A linear layer becomes ``Linear(in, rank)`` and ``Linear(rank, out)``; an ungrouped ``nn.Conv2d`` a convolution to
+    ``rank`` channels and a 1×1 convolution (Denil et al. 2013). A model is copied; ``rank``, in [1, min(out, in·kh·kw)]
+    may then be ``{name: rank}``; one number leaves the layers that it would not make smaller as they are.
+    UnsupportedModel: see :mod:`course_lib.gate`; groups. ValueError: a rank or name that does not fit, NaN weights.
 
     >>> [tuple(thin.weight.shape) for thin in factorize(nn.Linear(100, 50), 8)]
     [(8, 100), (50, 8)]
@@ -67,27 +60,22 @@ def _thin_layers(layer: nn.Linear | nn.Conv2d, first: Tensor, second: Tensor) ->
     else:
         a = nn.Linear(layer.in_features, rank, bias=False, **options)
         b = nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **options)
-    for new, value, old in (
-        (a.weight, first, layer.weight),
-        (b.weight, second, layer.weight),
-        (b.bias, layer.bias, layer.bias),
-    ):
-        if old is not None:
+    old = (layer.weight, layer.weight, layer.bias)
+    for new, value, like in zip((a.weight, b.weight, b.bias), (first, second, layer.bias), old, strict=True):
+        if new is not None:
             new.data.copy_(value.detach().view_as(new))
-            new.requires_grad_(old.requires_grad)
+            new.requires_grad_(like.requires_grad)
     return nn.Sequential(a, b).train(layer.training)
 
 
 def _factorize_model(model: nn.Module, rank: int | Mapping[str, int]) -> nn.Module:
-    named = isinstance(rank, Mapping)
-    left = dict(rank) if named else {}
+    left = dict(rank) if isinstance(rank, Mapping) else None
 
     def convert(name: str, layer: nn.Module) -> nn.Module:
+        if left is not None:
+            return factorize(layer, left.pop(name)) if name in left else layer
         rows, columns = layer.weight.flatten(1).shape
-        if named and name not in rank:
-            return layer
-        r = left.pop(name) if named else rank
-        return factorize(layer, r) if named or r * (rows + columns) < rows * columns else layer
+        return factorize(layer, rank) if rank * (rows + columns) < rows * columns else layer
 
     new = replace_layers(model, convert, doing="factorize")
     if left:

@@ -1,12 +1,11 @@
 """Chains of layers as ONNX files that ONNX Runtime executes: in float32, in int8 on our own grids, with int4 weights.
 
-The graphs are written node by node with ``onnx.helper``. In the int8 file every layer stands between DequantizeLinear
-and QuantizeLinear nodes (QDQ); the engine fuses each such group into one integer kernel, which is how int8 becomes
-fast. In the int4 file a linear layer is one MatMulNBits node, which reads two weights a byte.
+In the int8 file every layer stands between DequantizeLinear and QuantizeLinear nodes (QDQ); the engine fuses each such
+group into one integer kernel. In the int4 file a linear layer is a MatMulNBits node, which reads two weights a byte.
 """
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = ["write_float_onnx", "write_int4_onnx", "write_int8_onnx"]
+
+Path = str | os.PathLike
 
 # Old enough for every ONNX Runtime of the last years, new enough for per-channel DequantizeLinear.
 OPSET, IR_VERSION = 17, 8
@@ -57,8 +58,7 @@ class Graph:
         """An integer constant with a DequantizeLinear after it: the engine keeps the integers."""
         from onnx import helper
 
-        zero = torch.zeros(scale.shape, dtype=values.dtype)
-        parts = {"quantized": values, "scale": scale.float(), "zero": zero}
+        parts = {"quantized": values, "scale": scale.float(), "zero": torch.zeros(scale.shape, dtype=values.dtype)}
         names = [self.constant(f"{name}_{part}", value) for part, value in parts.items()]
         axis = {"axis": 0} if scale.dim() else {}
         self.nodes.append(helper.make_node("DequantizeLinear", names, [name], name=f"{name}_dequantize", **axis))
@@ -75,9 +75,7 @@ class Graph:
             spread = {"group": module.groups, "dilations": module.dilation} if isinstance(module, nn.Conv2d) else {}
             self.add("Conv", name, *inputs, **window(module.weight.shape[2:], module.stride, module.padding), **spread)
 
-    def save(
-        self, path: str | os.PathLike, input_shape: tuple[int, ...], network: Callable[[Tensor], Tensor]
-    ) -> "onnx.ModelProto":
+    def save(self, path: Path, input_shape: tuple[int, ...], network: Callable) -> "onnx.ModelProto":
         """Check and write it: ``images`` [N, ...] → ``logits``, of the shape that ``network`` makes of such images."""
         import onnx
         from onnx import TensorProto, helper, numpy_helper
@@ -121,60 +119,41 @@ def add_step(graph: Graph, name: str, kind: str, sizes: dict) -> None:
     graph.add(kind, name, **(window(**sizes) if kind == "MaxPool" else {"axis": 1} if kind == "Flatten" else {}))
 
 
-def write_float_onnx(model: nn.Sequential, path: str | os.PathLike, input_shape: tuple[int, ...]) -> "onnx.ModelProto":
+def write_float_onnx(model: nn.Sequential, path: Path, input_shape: tuple[int, ...]) -> "onnx.ModelProto":
     """Write a chain of layers in float32, BatchNorm folded, for images [N, \\*input_shape].
 
-    Raises:
-        UnsupportedModel: a layer with no counterpart here (it is named).
-        ValueError: an input shape that does not fit the network. OSError: the file cannot be written; it is named.
+    UnsupportedModel: a layer with no counterpart here (it is named). ValueError: an input shape that does not fit the
+    network. OSError: the file cannot be written; it is named.
     """
     return write_chain(model, path, input_shape, {})
 
 
 def write_int4_onnx(
-    model: nn.Sequential,
-    path: str | os.PathLike,
-    input_shape: tuple[int, ...],
-    *,
-    group: int = 32,
-    accuracy_level: int = 4,
-    skip: Collection[str] = (),
+    model: nn.Sequential, path: Path, input_shape: tuple[int, ...], *, group: int = 32, accuracy_level: int = 4
 ) -> "onnx.ModelProto":
     """As :func:`write_float_onnx`, but the weights of linear layers are stored in 4 bits, with a scale a group.
 
-    Args:
-        group: consecutive inputs that share a float32 scale: 16, 32, 64, 128 or 256. It has to divide the layers'
-            inputs. The integers are those of ``choose_qparams(weight, 4, group=group)``.
-        accuracy_level: what the engine computes in: 0 as it likes, 1 float32, 4 int8 (inputs rounded while running).
-        skip: names of linear layers to leave in float32, as convolutions are.
-
-    Raises:
-        ValueError: also a group that does not divide a layer's inputs (the layer is named), a name that is no layer.
+    ``group``, 16, 32, 64, 128 or 256, has to divide the layers' inputs: so many share a float32 scale; the integers are
+    those of ``choose_qparams(weight, 4, group=group)``. ``accuracy_level`` is what the engine computes in: 0 as it
+    likes, 1 float32, 4 int8 (inputs rounded while running).
     """
     if group not in (16, 32, 64, 128, 256) or accuracy_level not in range(5):
-        raise ValueError(
-            f"group must be 16, 32, 64, 128 or 256, accuracy_level 0 to 4; got group={group!r}, "
-            f"accuracy_level={accuracy_level!r}"
-        )
+        given = f"got group={group!r}, accuracy_level={accuracy_level!r}"
+        raise ValueError(f"group must be 16, 32, 64, 128 or 256, accuracy_level 0 to 4; {given}")
     attributes = {"bits": 4, "block_size": int(group), "accuracy_level": int(accuracy_level)}
-    linear = [name for name, module in float_steps(model) if isinstance(module, nn.Linear)]
-    if unknown := sorted(set(skip) - set(linear)):
-        raise ValueError(f"skip names no linear layer: {unknown} (there are: {linear})")
-    return write_chain(model, path, input_shape, {name: attributes for name in linear if name not in skip})
+    return write_chain(model, path, input_shape, attributes)
 
 
-def write_chain(
-    model: nn.Sequential, path: str | os.PathLike, input_shape: tuple[int, ...], four_bits: dict[str, dict]
-) -> "onnx.ModelProto":
-    """A float32 graph in which the layers in ``four_bits`` are MatMulNBits nodes with those attributes."""
+def write_chain(model: nn.Sequential, path: Path, input_shape: tuple[int, ...], four_bits: dict) -> "onnx.ModelProto":
+    """A float32 graph; given attributes ``four_bits``, linear layers are MatMulNBits nodes with those."""
     graph, steps = Graph(), float_steps(model)
     for name, module in steps:
         if type(module) in STEPS:
             kind = STEPS[type(module)]
             add_step(graph, name, kind, pool_sizes(name, module) if kind == "MaxPool" else {})
-        elif name in four_bits:
+        elif four_bits and isinstance(module, nn.Linear):
             with naming(name):
-                add_int4_layer(graph, name, module, four_bits[name])
+                add_int4_layer(graph, name, module, four_bits)
         else:
             bias = None if module.bias is None else graph.constant(f"{name}_bias", module.bias)
             graph.layer(name, graph.constant(f"{name}_weight", module.weight), bias, module)
@@ -183,27 +162,19 @@ def write_chain(
 
 def add_int4_layer(graph: Graph, name: str, layer: nn.Linear, attributes: dict) -> None:
     """A MatMulNBits node: two integers a byte, the first in the lower half, 8 added so that none is negative."""
-    group, inputs = attributes["block_size"], layer.in_features
-    if inputs % group:
-        raise ValueError(f"group={group} does not divide {inputs} inputs; name it in skip")
+    group = attributes["block_size"]
     q = choose_qparams(layer.weight, 4, group=group)
     marks = in_groups((quantize(layer.weight, q) + 8).to(torch.uint8), group)
     packed = marks[..., ::2] | marks[..., 1::2] << 4  # [O, groups, group / 2]
     constants = (graph.constant(f"{name}_packed", packed), graph.constant(f"{name}_scale", q.scale))
-    attributes = {"K": inputs, "N": layer.out_features, **attributes}
-    graph.add("MatMulNBits", name, *constants, domain="com.microsoft", **attributes)
+    sizes = {"K": layer.in_features, "N": layer.out_features}
+    graph.add("MatMulNBits", name, *constants, domain="com.microsoft", **sizes, **attributes)
     if layer.bias is not None:
         graph.add("Add", f"{name}_add", graph.constant(f"{name}_bias", layer.bias))
 
 
-def write_int8_onnx(
-    network: IntegerNetwork, path: str | os.PathLike, input_shape: tuple[int, ...]
-) -> "onnx.ModelProto":
-    """Write an :class:`~course_lib.methods.integer.IntegerNetwork` in QDQ form: static, weights per channel.
-
-    Raises:
-        ValueError: an input shape that does not fit the network. OSError: the file cannot be written; it is named.
-    """
+def write_int8_onnx(network: IntegerNetwork, path: Path, input_shape: tuple[int, ...]) -> "onnx.ModelProto":
+    """Write an :class:`~course_lib.methods.integer.IntegerNetwork` in QDQ form; errors as :func:`write_float_onnx`."""
     graph, grid = Graph(), network.x_q
     graph.through_grid("images_grid", grid)
     for name, step in network.steps:

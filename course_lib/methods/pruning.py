@@ -1,8 +1,8 @@
 """Pruning: score the weights of a model, mask the least of them, and keep the masks through training.
 
-A score says how much a weight is worth (higher is better, same shape as the weight). A mask says what stays (``True``)
-and what goes (``False``). The two are separate, so that a new criterion needs no new mask. Here weights are *set to
-zero*; :func:`~course_lib.methods.surgery.remove_neurons` is what makes a network smaller.
+A score says how much a weight is worth (higher is better, same shape as the weight), a mask what stays (``True``) and
+what goes (``False``): a new criterion needs no new mask. Here weights are *set to zero*;
+:func:`~course_lib.methods.surgery.remove_neurons` is what makes a network smaller.
 
 >>> model = torch.nn.Linear(4, 2)
 >>> masks = prune_(model, 0.5)
@@ -21,30 +21,14 @@ from course_lib.gate import UnsupportedModel, computed, real_tensor, share_of, w
 from course_lib.methods.surgery import CouplingError, remove_neurons
 
 __all__ = [
-    "SCOPES",
-    "CouplingError",
-    "GradualPruning",
-    "apply_masks_",
-    "cubic_sparsity",
-    "keep_masks",
-    "magnitude_score",
-    "make_masks",
-    "nm_mask",
-    "prunable_weights",
-    "prune_",
-    "random_score",
-    "rank_mask",
-    "remove_neurons",
-    "stack_masks",
-    "taylor_score",
-    "threshold_mask",
-    "wanda_score",
-]
+    "SCOPES", "CouplingError", "GradualPruning", "apply_masks_", "cubic_sparsity", "keep_masks",
+    "magnitude_score", "make_masks", "nm_mask", "prunable_weights", "prune_", "rank_mask", "remove_neurons",
+    "stack_masks", "taylor_score", "threshold_mask", "wanda_score",
+]  # fmt: skip
 
-SCOPES = ("global", "layer", "row")
-"""What is ranked together: all weights, those of a layer, or those that make one output (a row of the weight)."""
-
+SCOPES = ("global", "layer", "row")  # ranked together: all weights, a layer's, or those that make one output
 Score = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor]
+Masks = dict[str, Tensor]
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
@@ -57,10 +41,9 @@ def magnitude_score(weight: Tensor) -> Tensor:
 
 
 def taylor_score(weight: Tensor, grad: Tensor) -> Tensor:
-    """How much the loss moves when a weight is set to zero, to first order: ``|w · ∂L/∂w|``.
+    """How much the loss moves when a weight is set to zero, to first order: ``|w · ∂L/∂w|`` (Molchanov et al. 2017).
 
-    ``L(w = 0) − L(w) ≈ −w · ∂L/∂w`` is the first term of the Taylor series (Molchanov et al. 2017, 2019). ``grad`` is
-    ``weight.grad`` after ``loss.backward()``, of the weight's shape.
+    ``grad`` is ``weight.grad`` after ``loss.backward()``, of the weight's shape.
 
     >>> taylor_score(torch.tensor([2.0, -3.0]), torch.tensor([0.5, 0.0]))
     tensor([1., 0.])
@@ -70,26 +53,15 @@ def taylor_score(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def wanda_score(weight: Tensor, inputs: Tensor) -> Tensor:
-    """How much a weight moves its output on these inputs: ``|w| · ‖x‖₂`` (Wanda; Sun et al. 2024).
+    """How much a weight ``[out, in]`` moves its output on ``inputs [..., in]``: ``|w| · ‖x‖₂`` (Sun et al. 2024).
 
-    A small weight on a large input may matter more than a large weight on a small one. The paper ranks within each
-    output: ``scope="row"``.
-    ``weight`` is a linear layer's ``[out, in]``, ``inputs`` what it reads, ``[..., in]``, the norm over all but ``in``.
+    Wanda. The norm is over all but ``in``; the paper ranks with ``scope="row"``.
 
     >>> wanda_score(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
     tensor([[5., 2.]])
     """
     weight, inputs = _columns(weight, inputs)
     return weight.abs() * torch.linalg.vector_norm(inputs, dim=0)
-
-
-def random_score(weight: Tensor, *, seed: int = 0) -> Tensor:
-    """A uniform score in [0, 1) that knows nothing: the baseline every criterion has to beat.
-
-    The same shape and seed give the same score; torch's global generator is left as it was.
-    """
-    generator = torch.Generator().manual_seed(whole_number(seed, "seed", 0))
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 def _alike(weight: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,10 +81,9 @@ def _columns(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def threshold_mask(weight: Tensor, alpha: float) -> Tensor:
-    """The article's formula (section 3.1): ``M = 1[|W| > α · max|W|]``, ``True`` where the weight stays.
+    """The article's formula (section 3.1): ``M = 1[|W| > α · max|W|]``, ``True`` where the weight stays; α in [0, 1).
 
     How many weights go depends on the largest one: a single outlier can prune all the others.
-    ``alpha`` is in [0, 1); 0 prunes exact zeros alone.
 
     >>> threshold_mask(torch.tensor([0.9, -0.8, 0.1, -0.3]), 0.5)
     tensor([ True,  True, False, False])
@@ -122,11 +93,9 @@ def threshold_mask(weight: Tensor, alpha: float) -> Tensor:
 
 
 def rank_mask(score: Tensor, sparsity: float) -> Tensor:
-    """Prune the lowest scores: exactly ``round(sparsity * score.numel())`` of them.
+    """Prune the lowest scores: exactly ``round(sparsity * score.numel())`` of them, a half to the even number.
 
-    ``round`` is Python's (a half goes to the even number), as in ``torch.nn.utils.prune``. Of equal scores the one that
-    comes first in memory order goes first, so the same input always gives the same mask.
-    ``score`` has any shape, infinities are fine; ``sparsity`` is in [0, 1).
+    ``score`` has any shape, infinities are fine; ``sparsity`` is in [0, 1). Of equal scores the first goes first.
 
     >>> rank_mask(torch.tensor([0.9, 0.8, 0.1, 0.3]), 0.5)
     tensor([ True,  True, False, False])
@@ -145,9 +114,8 @@ def rank_mask(score: Tensor, sparsity: float) -> Tensor:
 def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
     """Keep the ``n`` highest of every ``m`` consecutive scores along the input dimension (Mishra et al. 2021).
 
-    Sparse tensor cores want 2:4 *along the sum* of the matrix product: dimension 1 of a linear weight ``[out, in]`` or
-    of a convolution's ``[out, in, kh, kw]``; a vector has only dimension 0. Of equal scores the first goes first.
-    That dimension must be a multiple of ``m``, and 1 ≤ n ≤ m.
+    That is *along the sum* of the matrix product: dimension 1 of ``[out, in]`` or ``[out, in, kh, kw]``, 0 of a vector,
+    a multiple of ``m``; 1 ≤ n ≤ m. Of equal scores the first goes first.
 
     >>> nm_mask(torch.tensor([[0.9, 0.1, 0.4, 0.3]]), 2, 4)
     tensor([[ True, False,  True, False]])
@@ -172,11 +140,8 @@ def _check_groups(score: Tensor, n: int, m: int) -> tuple[Tensor, int]:
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """What pruning may touch: matrices and kernels called weight, of linear, convolution, recurrent, attention layers.
 
-    Biases, normalisation layers and embeddings stay whole. A weight that several layers share appears once, under the
-    name that ``model.named_parameters()`` gives it.
-
-    Raises:
-        UnsupportedModel: no such weight, or one that is no plain parameter (parametrized, or a lazy layer's).
+    Biases, normalisation layers and embeddings stay whole. A weight that several layers share appears once.
+    UnsupportedModel: no such weight, or one that is no plain parameter (parametrized, or a lazy layer's).
 
     >>> list(prunable_weights(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))))
     ['0.weight', '2.weight']
@@ -197,36 +162,23 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
-def prune_(
-    model: nn.Module, sparsity: float, *, scope: str = "global", score: Score | None = None
-) -> dict[str, Tensor]:
-    """Set the least important of :func:`prunable_weights` to zero, in place.
+def prune_(model: nn.Module, sparsity: float, *, scope: str = "global", score: Score | None = None) -> Masks:
+    """Set the least important of :func:`prunable_weights` to zero, in place; returns ``{name: mask of what stays}``.
 
     Args:
-        sparsity: share of the weights that are zero afterwards, in [0, 1). The count is exact:
-            ``round(sparsity · count)`` of all weights, in each layer, or in each row, as in ``torch.nn.utils.prune``.
-            Weights that are zero already count, and go first: prune to 0.5 and then to 0.8, and 80 % are gone.
-            Asking for less than is gone changes nothing.
+        sparsity: share of zeros afterwards, in [0, 1): exactly ``round(sparsity · count)`` of all weights, or in each
+            layer or row, as in ``torch.nn.utils.prune``. Zeros that are there already count, and go first.
         scope: one of :data:`SCOPES`.
-        score: ``score(name, weight)`` or a dict ``{name: tensor}``, higher is worth more, of the weight's shape;
-            :func:`magnitude_score` by default.
+        score: ``score(name, weight)`` or ``{name: tensor}``, of the weight's shape; default :func:`magnitude_score`.
 
-    Returns:
-        ``{parameter name: bool mask}``, ``True`` where the weight stays, for :func:`apply_masks_`
-        and :func:`keep_masks`.
-
-    Raises:
-        ValueError: a sparsity outside [0, 1), an unknown scope, NaN or infinite weights, NaN scores, a score that is
-            missing or of another shape, a model without such weights. The model is as it was.
+    ValueError: an argument that does not fit, NaN or infinite weights, NaN scores. The model is as it was.
     """
     masks = make_masks(prunable_weights(model), sparsity, scope=scope, score=score)
     apply_masks_(model, masks)
     return masks
 
 
-def make_masks(
-    weights: Mapping[str, Tensor], sparsity: float, *, scope: str = "global", score: Score | None = None
-) -> dict[str, Tensor]:
+def make_masks(weights: Mapping, sparsity: float, *, scope: str = "global", score: Score | None = None) -> Masks:
     """Masks that leave ``1 - sparsity`` of the weights, without touching them: see :func:`prune_`."""
     if scope not in SCOPES or not weights:
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}" if weights else "there is no weight to prune")
@@ -234,14 +186,12 @@ def make_masks(
     if scope == "global":
         flat = [s.flatten().cpu() for s in scores.values()]
         parts = rank_mask(torch.cat(flat), sparsity).split([len(s) for s in flat])
-        masks = dict(zip(scores, parts, strict=True))
     elif scope == "layer":
-        masks = {name: rank_mask(s, sparsity) for name, s in scores.items()}
+        parts = [rank_mask(s, sparsity) for s in scores.values()]
     else:
-        masks = {name: torch.stack([rank_mask(row, sparsity) for row in s]) for name, s in scores.items()}
-    return {
-        name: mask.view_as(scores[name]).to(weights[name].device) & (weights[name] != 0) for name, mask in masks.items()
-    }
+        parts = [torch.stack([rank_mask(row, sparsity) for row in s]) for s in scores.values()]
+    pairs = zip(weights.items(), parts, strict=True)
+    return {name: mask.view_as(w).to(w.device) & (w != 0) for (name, w), mask in pairs}
 
 
 @torch.no_grad()
@@ -262,16 +212,10 @@ def _score_of(name: str, weight: Tensor, score: Score | None) -> Tensor:
 
 @torch.no_grad()
 def apply_masks_(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set every weight to zero whose mask is ``False``, in place.
+    """Set every weight to zero whose mask is ``False``, in place; parameters without a mask stay as they are.
 
-    Args:
-        model: a module, or a dict of its parameters by name as ``after_step`` of a training gets it; those of R
-            replicas ``[R, ...]`` take a mask for each ``[R, ...]`` or one for all.
-        masks: ``{parameter name: bool tensor of its shape}``; parameters without a mask stay as they are.
-
-    Raises:
-        ValueError: a name that is not there, a mask of another shape. Nothing is changed then.
-        TypeError: a mask that is no bool tensor.
+    ``model`` is a module, or a dict of parameters by name as ``after_step`` gets it; those of R replicas ``[R, ...]``
+    take a mask for each or one for all. ValueError, TypeError: a mask's name, shape or dtype; nothing is changed then.
     """
     single = isinstance(model, nn.Module)
     parameters = dict(model.named_parameters(remove_duplicate=False)) if single else model
@@ -280,20 +224,19 @@ def apply_masks_(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Te
             close = ", ".join(get_close_matches(str(name), list(parameters), n=3, cutoff=0.4)) or "none"
             raise ValueError(f"no parameter is called {name!r}; the closest: {close} (a frozen one has no step)")
         if getattr(mask, "dtype", None) is not torch.bool:
-            given = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            given = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the mask of {name!r} must be a bool tensor, got {given}")
-        shape = tuple(parameters[name].shape)
+        shape = parameters[name].shape
         if mask.shape != shape and (single or len(shape) < 3 or mask.shape != shape[1:]):
-            raise ValueError(f"the mask of {name!r} must have the weight's shape {shape}, got {tuple(mask.shape)}")
+            given = f"{tuple(shape)}, got {tuple(mask.shape)}"
+            raise ValueError(f"the mask of {name!r} must have the weight's shape {given}")
     for name, mask in masks.items():
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
 def keep_masks(masks: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> Callable[[Mapping, int], None]:
-    """An ``after_step`` callback that holds pruned weights at zero.
+    """An ``after_step`` callback that holds pruned weights at zero, where momentum and weight decay would move them.
 
-    An optimiser moves a pruned weight even where its gradient is zero: momentum remembers old gradients. Setting it to
-    zero again after every step is what makes zero stay zero.
     ``masks`` are those of one model, or a list with those of each of R replicas that are trained in one pass.
     """
     masks = masks if isinstance(masks, Mapping) else stack_masks(masks)
@@ -304,19 +247,16 @@ def keep_masks(masks: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]) -> 
     return after_step
 
 
-def stack_masks(masks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def stack_masks(masks: Sequence[Mapping[str, Tensor]]) -> Masks:
     """Masks of R replicas as one dict of ``[R, ...]`` masks."""
     if not masks or any(one.keys() != masks[0].keys() for one in masks):
-        raise ValueError(
-            f"masks of replicas need the same names, for at least one replica; got {list(map(list, masks))}"
-        )
+        names = list(map(list, masks))
+        raise ValueError(f"masks of replicas need the same names, for at least one replica; got {names}")
     return {name: torch.stack([one[name] for one in masks]) for name in masks[0]}
 
 
 def cubic_sparsity(step: int, steps: int, final: float) -> float:
-    """How much is pruned after ``step`` of ``steps``: ``final · (1 − (1 − step/steps)³)`` (Zhu & Gupta 2017).
-
-    Fast while much is redundant, slow near the end. From ``steps`` on it stays at ``final``.
+    """Pruned after ``step`` of ``steps``: ``final · (1 − (1 − step/steps)³)``, then ``final`` (Zhu & Gupta 2017).
 
     >>> [round(cubic_sparsity(t, 4, 0.8), 4) for t in range(6)]
     [0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
@@ -329,16 +269,9 @@ def cubic_sparsity(step: int, steps: int, final: float) -> float:
 class GradualPruning:
     """An ``after_step`` callback that prunes while training, along :func:`cubic_sparsity` (Zhu & Gupta 2017).
 
-    Args:
-        model: tells which parameters are pruned. Where a training hands over those of R replicas ``[R, ...]``, each
-            replica is ranked on its own.
-        final: sparsity at the end, in [0, 1).
-        steps: optimiser steps until ``final`` is reached.
-        every: steps between two rankings; in between the masks are held.
-        options: ``scope`` and ``score`` as in :func:`prune_`.
-
-    Attributes:
-        masks: the masks now in force (empty before the first ranking).
+    ``model`` tells which parameters are pruned (of R replicas ``[R, ...]`` each is ranked on its own), ``final`` the
+    sparsity after ``steps`` optimiser steps, ``every`` the steps between two rankings; in between ``masks`` are held.
+    ``options`` are ``scope`` and ``score`` of :func:`prune_`.
     """
 
     def __init__(self, model: nn.Module, final: float, steps: int, *, every: int = 1, **options):

@@ -1,9 +1,8 @@
 """Affine quantization: real numbers on an evenly spaced grid of at most 2^8 integers, and back.
 
-A value x is stored as the integer ``q = clamp(round(x / scale) + zero_point, qmin, qmax)`` and read as
-``(q - zero_point) · scale`` (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference"; Krishnamoorthi 2018 for a scale a channel). The gradient through the rounding is
-the straight-through estimator (Bengio et al. 2013). Every scale of the library comes from :func:`safe_scale`.
+A value x is stored as ``q = clamp(round(x / scale) + zero_point, qmin, qmax)`` and read as ``(q - zero_point) · scale``
+(Jacob et al. 2018; Krishnamoorthi 2018 for a scale a channel). The gradient through the rounding is the
+straight-through estimator (Bengio et al. 2013). Every scale of the library comes from :func:`safe_scale`.
 """
 
 import math
@@ -17,17 +16,9 @@ from torch import Tensor
 from course_lib.gate import real_tensor, whole_number
 
 __all__ = [
-    "QuantParams",
-    "choose_qparams",
-    "dequantize",
-    "fake_quantize",
-    "floor_quantize",
-    "integer_range",
-    "qparams_from_range",
-    "quantize",
-    "signal_to_noise",
-    "straight_through",
-]
+    "QuantParams", "choose_qparams", "dequantize", "fake_quantize", "integer_range", "qparams_from_range",
+    "quantize", "signal_to_noise", "straight_through",
+]  # fmt: skip
 
 # A smaller scale would have an infinite inverse in float32.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -37,13 +28,9 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 class QuantParams:
     """A grid: how integers between ``qmin`` and ``qmax`` stand for real numbers.
 
-    Attributes:
-        scale: step of the grid, float32, above 0 (a number becomes a tensor); shape [] for the whole tensor, [C] for
-            one step a channel, or [..., n / group] for one step a group of consecutive numbers of the last dimension.
-        zero_point: the integer that stands for 0.0, int32, between qmin and qmax; same shape as ``scale``.
-        qmin, qmax: smallest and largest integer.
-        axis: the tensor's dimension that counts the C channels (not negative), or ``None``.
-        group: numbers that share a step, or ``None``; a group lies within its row, so ``axis`` is ``None`` then.
+    ``scale`` is the step, float32, above 0: [] for the whole tensor, [C] for one a channel (which dimension ``axis``
+    counts, not negative), or [..., n / group] for one a ``group`` of consecutive numbers of the last dimension.
+    ``zero_point``, int32, is the integer that stands for 0.0, in the same shape.
 
     >>> QuantParams(scale=0.1, zero_point=0, qmin=-127, qmax=127).dtype
     torch.int8
@@ -70,9 +57,9 @@ class QuantParams:
         if scale.shape != zero_point.shape or not fits:
             shapes = f"scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)}"
             raise ValueError(f"{shapes} do not fit axis={self.axis}, group={self.group}")
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        if not (scale.isfinite() & (scale > 0)).all():
             raise ValueError(f"scale must be positive and finite in float32, got {scale.tolist()}")
-        if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
+        if not ((zero_point >= self.qmin) & (zero_point <= self.qmax)).all():
             raise ValueError(f"zero_point must be within [{self.qmin}, {self.qmax}], got {zero_point.tolist()}")
 
     @property
@@ -83,10 +70,8 @@ class QuantParams:
     @property
     def dtype(self) -> torch.dtype:
         """The smallest integer type that holds qmin to qmax; unsigned if there is nothing below 0."""
-        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            if torch.iinfo(dtype).min <= self.qmin and self.qmax <= torch.iinfo(dtype).max:
-                return dtype
-        raise ValueError(f"[{self.qmin}, {self.qmax}] does not fit into 32 bits")
+        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32)
+        return next(k for k in kinds if torch.iinfo(k).min <= self.qmin and self.qmax <= torch.iinfo(k).max)
 
     def shaped_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against ``x``; ValueError if ``x`` does not fit."""
@@ -118,18 +103,11 @@ def naming(layer: str) -> Iterator[None]:
         raise type(error)(f"layer {layer!r}: {error}") from error
 
 
-def from_the_front(axis: int | None, dims: int) -> int | None:
-    """``axis`` counted from the front, or an error."""
-    return axis if axis is None else whole_number(axis, "axis", -dims, dims - 1) % dims
-
-
 def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
-    """(qmin, qmax) of 2 to 8 bits: ±(2^(bits-1) - 1) when symmetric, 0 to 2^bits - 1 when not.
+    """(qmin, qmax) of 2 to 8 bits: ±(2^(bits-1) - 1) when symmetric (-x and x equally well off), or 0 to 2^bits - 1.
 
-    The symmetric grid gives up one integer so that -x and x are always equally well represented.
-
-    >>> integer_range(8, symmetric=True), integer_range(2, symmetric=True), integer_range(4, symmetric=False)
-    ((-127, 127), (-1, 1), (0, 15))
+    >>> integer_range(8, symmetric=True), integer_range(4, symmetric=False)
+    ((-127, 127), (0, 15))
     """
     bits = whole_number(bits, "bits", 2, 8)
     top = 2 ** (bits - 1) - 1
@@ -138,11 +116,10 @@ def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
 
 def in_groups(x: Tensor, group: int) -> Tensor:
     """``x`` [..., n] as [..., n / group, group]: what lies side by side in the last dimension shares a scale."""
-    group, length = whole_number(group, "group", 1), x.shape[-1] if x.dim() else 1
+    group, length = whole_number(group, "group"), x.shape[-1] if x.dim() else 1
     if x.dim() == 0 or length % group:
         fits = max(g for g in range(1, min(group, length) + 1) if length % g == 0)
-        last = f"the last dimension of shape {tuple(x.shape)}"
-        raise ValueError(f"group={group} does not divide {last}; {fits} would")
+        raise ValueError(f"group={group} does not divide the last dimension of shape {tuple(x.shape)}; {fits} would")
     return x.unflatten(-1, (-1, group))
 
 
@@ -187,57 +164,39 @@ def scale_and_zero(low: Tensor, high: Tensor, qmin: int, qmax: int) -> tuple[Ten
 def choose_qparams(
     x: Tensor, bits: int = 8, *, symmetric: bool = True, axis: int | None = None, group: int | None = None
 ) -> QuantParams:
-    """The grid that just covers the values of ``x`` (min-max), with 0.0 on it exactly.
+    """The grid that just covers the values of ``x`` (min-max), with 0.0 on it: they come back within half a step.
 
     Args:
-        x: finite floating-point tensor of any shape and precision, not empty.
-        bits: width from 2 to 8.
-        symmetric: ``True``: zero point 0 and integers ±(2^(bits-1) - 1), in int8. ``False``: integers 0 to 2^bits -
-            1, in uint8; the range [min, max] is widened to contain 0.
+        x: finite floating-point tensor of any shape and precision, not empty; zeros alone get scale 1.
+        symmetric: zero point 0 and integers ±(2^(bits-1) - 1), in int8; or 0 to 2^bits - 1, in uint8.
         axis: dimension with one scale for each of its slices, perhaps negative; ``None`` for one scale in all.
         group: instead of ``axis``: numbers of the last dimension that share a scale; has to divide its length.
-
-    Returns:
-        QuantParams. Every value of ``x`` comes back within half a step. A tensor (or channel) of zeros gets scale 1.
-
-    Raises:
-        TypeError, ValueError: say which of these does not fit.
 
     >>> q = choose_qparams(torch.tensor([-1.0, 0.0, 0.5, 2.0]), bits=4)
     >>> round(q.scale.item(), 4), q.zero_point.item(), q.qmin, q.qmax
     (0.2857, 0, -7, 7)
-    >>> choose_qparams(torch.randn(10, 96), bits=4, group=32).scale.shape
-    torch.Size([10, 3])
     """
     x = check_real(x)
-    axis = from_the_front(axis, x.dim())
+    axis = axis if axis is None else whole_number(axis, "axis", -x.dim(), x.dim() - 1) % x.dim()
     low, high = slices(x, axis, group).aminmax(dim=-1)
-    options = {"symmetric": symmetric, "axis": axis, "group": group}
-    return qparams_from_range(low, high, bits, **options)
+    return qparams_from_range(low, high, bits, symmetric=symmetric, axis=axis, group=group)
 
 
 def qparams_from_range(
-    low: Tensor | float,
-    high: Tensor | float,
-    bits: int = 8,
-    *,
-    symmetric: bool = True,
-    axis: int | None = None,
-    group: int | None = None,
+    low: Tensor | float, high: Tensor | float, bits: int = 8, *, symmetric: bool = True, **slicing: int | None
 ) -> QuantParams:
-    """The grid that covers [low, high] (scalars, or a number a slice with ``axis`` or ``group``), widened to contain 0.
+    """The grid over [low, high] and 0: scalars, or a number a slice, with ``axis`` or ``group``.
 
     >>> q = qparams_from_range(-1.0, 3.0, bits=2, symmetric=False)
     >>> round(q.scale.item(), 4), q.zero_point.item()
     (1.3333, 1)
     """
     low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
-        ends = f"low={low.tolist()}, high={high.tolist()}"
-        raise ValueError(f"a range needs finite low <= high, got {ends}")
+    if not (low.isfinite() & high.isfinite() & (low <= high)).all():
+        raise ValueError(f"a range needs finite low <= high, got low={low.tolist()}, high={high.tolist()}")
     qmin, qmax = integer_range(bits, symmetric=symmetric)
     scale, zero_point = scale_and_zero(low, high, qmin, qmax)
-    return QuantParams(scale, zero_point, qmin, qmax, axis, group)
+    return QuantParams(scale, zero_point, qmin, qmax, **slicing)
 
 
 def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -250,8 +209,7 @@ def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def quantize(x: Tensor, q: QuantParams) -> Tensor:
     """Integers of ``x`` on the grid ``q``: round half to even, then clip to [qmin, qmax].
 
-    ``x`` holds finite floats (or nothing) in any shape that fits ``q``; the result is int8 for a symmetric grid, uint8
-    for an asymmetric one.
+    ``x`` holds finite floats (or nothing) in a shape that fits ``q``; int8 for a symmetric grid, else uint8.
 
     >>> q = QuantParams(scale=0.5, zero_point=0, qmin=-7, qmax=7)
     >>> quantize(torch.tensor([-9.0, -0.5, 0.0, 0.6, 1.0]), q).tolist()
@@ -287,11 +245,8 @@ def check_integers(xq: Tensor, name: str, q: QuantParams) -> Tensor:
 def fake_quantize(x: Tensor, q: QuantParams) -> Tensor:
     """``dequantize(quantize(x))`` in one step, with a gradient that trains: the straight-through estimator.
 
-    The gradient is 1 where ``x`` lies inside the grid and 0 where it was clipped (Bengio et al. 2013; the convention of
-    ``torch.fake_quantize_per_tensor_affine``). No gradient reaches ``scale``.
-
-    Shape and dtype stay those of ``x``, finite floats. :func:`straight_through` does the same and checks nothing, for
-    ``torch.func.vmap``.
+    It is 1 where ``x`` lies inside the grid and 0 where it was clipped (Bengio et al. 2013; the convention of
+    ``torch.fake_quantize_per_tensor_affine``); none reaches ``scale``. Shape and dtype stay those of ``x``.
 
     >>> x = torch.tensor([0.6, 9.0], requires_grad=True)
     >>> y = fake_quantize(x, QuantParams(scale=0.5, zero_point=0, qmin=-7, qmax=7))
@@ -304,24 +259,13 @@ def fake_quantize(x: Tensor, q: QuantParams) -> Tensor:
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The arithmetic of :func:`fake_quantize` on ``scale`` and ``zero_point`` that already broadcast against ``x``."""
+    """The arithmetic of :func:`fake_quantize`, without checks: ``scale`` and ``zero_point`` broadcast against ``x``."""
     with torch.no_grad():
         marks = to_grid(x, scale, zero_point)
         inside = ((marks >= qmin) & (marks <= qmax)).to(x.dtype)
         on_grid = ((marks.clamp(qmin, qmax) - zero_point) * scale).to(x.dtype)
     # x - x.detach() is exactly zero: the value of the grid, the gradient of x.
     return on_grid + inside * (x - x.detach())
-
-
-def floor_quantize(w: Tensor, s: float) -> Tensor:
-    """The article's formula Q(w) = ⌊w · s⌋ / s, with s grid points a unit (s above 0); biased by half a step.
-
-    >>> floor_quantize(torch.tensor([-0.26, 0.04, 0.19]), 10).tolist()
-    [-0.30000001192092896, 0.0, 0.10000000149011612]
-    """
-    if not (math.isfinite(s) and s > 0):
-        raise ValueError(f"s, grid points a unit, must be a positive number, got {s!r}")
-    return torch.floor(check_real(w, "w", empty=True) * s) / s
 
 
 def signal_to_noise(x: Tensor, approximation: Tensor) -> float:
@@ -333,7 +277,5 @@ def signal_to_noise(x: Tensor, approximation: Tensor) -> float:
     x, y = check_real(x).double(), check_real(approximation, "approximation").double()
     if x.shape != y.shape:
         raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
-    signal, noise = x.square().sum().item(), (x - y).square().sum().item()
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    ratio = x.square().sum() / (x - y).square().sum()
+    return math.inf if torch.equal(x, y) else 10 * ratio.log10().item()

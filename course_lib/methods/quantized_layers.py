@@ -1,13 +1,12 @@
-"""Networks that compute on a grid: post-training quantization as they stand, quantization-aware training when trained
-on.
+"""Networks that compute on a grid: post-training quantization as they stand, quantization-aware when trained on.
 
-The float weights stay what the optimiser moves, and the quantizer sits inside the forward pass (Jacob et al. 2018;
-Krishnamoorthi 2018), with the straight-through gradient of :mod:`~course_lib.methods.quantization`. Weights are known
-beforehand; the ranges of activations are recorded on calibration images.
+The float weights stay what the optimiser moves, the quantizer sits in the forward pass with a straight-through gradient
+(Jacob et al. 2018; Krishnamoorthi 2018). The ranges of activations are recorded on calibration images.
 """
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from functools import partial
 
@@ -15,42 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.gate import (
-    UnsupportedModel,
-    chain_steps,
-    check_model,
-    copy_model,
-    eval_mode,
-    new_like,
-    replace_layers,
-    weight_layers,
+from course_lib.gate import (  # isort: skip
+    UnsupportedModel, chain_steps, check_model, copy_model, eval_mode, new_like, replace_layers, weight_layers,
     whole_number,
-)
-from course_lib.methods.quantization import (
-    QuantParams,
-    check_real,
-    choose_qparams,
-    integer_range,
-    naming,
-    qparams_from_range,
-    scale_and_zero,
-    slices,
-    spread,
-    straight_through,
-)
+)  # fmt: skip
+from course_lib.methods.quantization import (  # isort: skip
+    QuantParams, check_real, choose_qparams, integer_range, naming, qparams_from_range, scale_and_zero, slices,
+    spread, straight_through,
+)  # fmt: skip
 
 __all__ = [
-    "METHODS",
-    "FakeQuant",
-    "FakeQuantConv2d",
-    "FakeQuantLinear",
-    "MadeWeight",
-    "calibrate",
-    "fake_quantized",
-    "fold_batchnorm",
-    "plain",
-    "record_inputs",
-]
+    "METHODS", "FakeQuant", "FakeQuantConv2d", "FakeQuantLinear", "MadeWeight", "calibrate", "fake_quantized",
+    "fold_batchnorm", "plain",
+]  # fmt: skip
 
 METHODS = ("minmax", "percentile", "mse")
 
@@ -59,21 +35,15 @@ MOST_SAMPLES = 1 << 15
 
 
 class MadeWeight:
-    """Mixin before ``nn.Linear`` or ``nn.Conv2d``: computes with :meth:`made_weight` on :meth:`made_input`."""
-
-    def made_weight(self) -> Tensor:
-        """The weight that the layer computes with, differentiable, in the shape of the original."""
-        raise NotImplementedError
+    """Mixin before ``nn.Linear`` or ``nn.Conv2d``: computes with a weight that ``made_weight()`` makes."""
 
     def made_input(self, x: Tensor) -> Tensor:
         """What the layer does to its input first; nothing by default."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.made_input(x), self.made_weight()
-        if isinstance(self, nn.Conv2d):
-            return self._conv_forward(x, weight, self.bias)
-        return F.linear(x, weight, self.bias)
+        compute = self._conv_forward if isinstance(self, nn.Conv2d) else F.linear
+        return compute(self.made_input(x), self.made_weight(), self.bias)
 
 
 class FakeQuant(MadeWeight):
@@ -106,52 +76,37 @@ class FakeQuant(MadeWeight):
         qmin, qmax = integer_range(self.activation_bits, symmetric=False)
         return straight_through(x, self.input_scale.float(), self.input_zero_point, qmin, qmax)
 
-    def extra_repr(self) -> str:
-        scales = f"group of {self.group}" if self.group else "tensor" if self.axis is None else "channel"
-        bits = f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
-        return f"{super().extra_repr()}, {bits}, a scale a {scales}"
-
 
 class FakeQuantLinear(FakeQuant, nn.Linear):
-    """``nn.Linear`` that computes with quantized weights and inputs; made by :func:`fake_quantized`."""
+    """Made by :func:`fake_quantized`."""
 
 
 class FakeQuantConv2d(FakeQuant, nn.Conv2d):
-    """``nn.Conv2d`` that computes with quantized weights and inputs; made by :func:`fake_quantized`."""
+    """Made by :func:`fake_quantized`."""
 
 
 def fake_quantized(
-    model: nn.Module,
-    *,
-    weight_bits: int | dict[str, int] = 8,
-    activation_bits: int | None = None,
-    calibration: Tensor | None = None,
-    method: str = "minmax",
-    per_channel: bool = True,
-    group: int | None = None,
+    model: nn.Module, *, weight_bits: int | dict[str, int] = 8, activation_bits: int | None = None,
+    calibration: Tensor | None = None, method: str = "minmax", per_channel: bool = True, group: int | None = None,
     skip: Collection[str] = (),
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """A copy of ``model`` whose linear and convolution layers compute with numbers on a grid.
 
     As it stands that is post-training quantization; trained further it is quantization-aware training. Biases stay
-    float, as int32 accumulators hold them well enough. :func:`plain` gives ordinary layers with the quantized weights.
+    float. :func:`plain` gives ordinary layers with the quantized weights. Layers that share a weight go on sharing it.
 
     Args:
-        model: a trained network; it is not modified. Layers that share a weight go on sharing it.
-        weight_bits: 2 to 8, symmetric, largest value at the end of the grid; or by layer name (mixed precision):
-            layers that are not named stay in float.
+        weight_bits: 2 to 8, symmetric; or by layer name (mixed precision): layers that are not named stay in float.
         activation_bits: 2 to 8, asymmetric, or ``None`` to leave the inputs of the layers in float.
         calibration: images ``[N, ...]`` on which the inputs' ranges are recorded; needed with ``activation_bits``.
         method: how the ranges are chosen, see :func:`calibrate`.
         per_channel: one weight scale for each output channel instead of one for the tensor.
-        group: instead, one scale for each ``group`` consecutive weights of an output (a convolution's in the order
-            [C, kh, kw]); it has to divide their number.
+        group: instead, one scale for each ``group`` consecutive weights of an output; it has to divide their number.
         skip: names of layers to leave in float.
 
     Raises:
         UnsupportedModel: see :func:`~course_lib.gate.replace_layers`; a layer that the calibration images do not reach;
-            layers that share a weight and are given different bits.
-        ValueError: bits, names, group or calibration data that do not fit.
+            tied layers with different bits. ValueError: bits, names, group or calibration data that do not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> quantized = fake_quantized(model, weight_bits={"0": 2, "2": 8})
@@ -164,7 +119,7 @@ def fake_quantized(
         integer_range(activation_bits, symmetric=False)
         if calibration is None:
             raise ValueError("activation_bits needs calibration images: calibration is None")
-        inputs = _inputs(model, calibration, 512)
+        inputs = recorded_inputs(model, calibration)
     same: dict[nn.Parameter, int] = {}
 
     def convert(name: str, layer: nn.Module) -> nn.Module:
@@ -209,29 +164,19 @@ def plain(model: nn.Module) -> nn.Module:
     Linear(in_features=4, out_features=3, bias=True)
     """
 
-    def made(module: nn.Module) -> bool:
-        return any(isinstance(m, MadeWeight) for m in module.modules())
-
     def convert(name: str, layer: nn.Module) -> nn.Module:
         return new_like(layer, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear, layer.made_weight().detach())
 
-    if not isinstance(model, nn.Module) or not made(model):
-        return copy_model(model, "copy")
-    others = [name for name, module in model.named_modules(remove_duplicate=False) if not made(module)]
+    modules = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+    others = [n for n, module in modules.items() if not any(isinstance(m, MadeWeight) for m in module.modules())]
+    if len(others) == len(modules):
+        return copy_model(model)
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return replace_layers(model, convert, skip=(*others, *parameters), doing="make plain")
 
 
-def record_inputs(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> dict[str, Tensor]:
-    """What reaches each linear and convolution layer when ``model`` looks at ``images`` [N, ...], in eval mode.
-
-    Returns ``{layer name: inputs [N, ...]}``; a layer that is used twice has its inputs joined along the first
-    dimension. The model is left as it was.
-    """
-    return {name: torch.cat(parts) for name, parts in _inputs(model, images, batch_size).items()}
-
-
-def _inputs(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, list[Tensor]]:
+def recorded_inputs(model: nn.Module, images: Tensor, batch_size: int = 512) -> dict[str, list[Tensor]]:
+    """What reaches each linear and convolution layer, in eval mode: ``{layer name: [inputs of a call, ...]}``."""
     check_model(model, "record the inputs of")
     if not isinstance(images, Tensor) or images.is_floating_point() or not len(images):
         check_real(images, "images")  # whole numbers are welcome: the tokens of a language model
@@ -240,10 +185,8 @@ def _inputs(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, list
     def listen(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         recorded.setdefault(name, []).append((args[0] if args else kwargs["input"]).detach().clone())
 
-    layers = weight_layers(model)
-    if not layers:
-        raise UnsupportedModel(f"{type(model).__name__} has no linear or convolution layer to record")
-    hooks = [layer.register_forward_pre_hook(partial(listen, name), with_kwargs=True) for name, layer in layers.items()]
+    layers = weight_layers(model).items()
+    hooks = [layer.register_forward_pre_hook(partial(listen, name), with_kwargs=True) for name, layer in layers]
     try:
         with eval_mode(model), torch.no_grad():
             for batch in images.split(batch_size):
@@ -255,29 +198,14 @@ def _inputs(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, list
 
 
 def calibrate(
-    samples: Tensor | Iterable[Tensor],
-    bits: int = 8,
-    *,
-    method: str = "minmax",
-    symmetric: bool = False,
-    percentile: float = 99.9,
-    candidates: int = 64,
-) -> QuantParams:
-    """One grid for an activation, from recorded values.
+    samples: Tensor | Iterable[Tensor], bits: int = 8, *, method: str = "minmax", symmetric: bool = False,
+    percentile: float = 99.9, candidates: int = 64,
+) -> QuantParams:  # fmt: skip
+    """One grid for an activation, from recorded finite values of any shape, as one tensor or several.
 
-    Min-max keeps every value and lets one outlier set the step; a percentile gives up the rarest values; the search for
-    the smallest mean squared error weighs rounding against clipping (compared by Nagel et al. 2021, "A White Paper on
-    Neural Network Quantization").
-
-    Args:
-        samples: finite floating-point values of any shape, as one tensor or several.
-        bits, symmetric: see :func:`~course_lib.methods.quantization.choose_qparams`.
-        method: ``"minmax"``; ``"percentile"``: the central ``percentile`` per cent of the values; ``"mse"``: of
-            ``candidates`` (at least 2) ranges, shrunk evenly from min-max towards 0, the one with the least error.
-        percentile: share to keep, above 0 and at most 100.
-
-    Raises:
-        ValueError: no samples, NaN or infinite values, an unknown method, bits or percentile out of range.
+    ``"minmax"`` keeps every value and lets one outlier set the step; ``"percentile"`` keeps the central ``percentile``
+    per cent, in (0, 100]; ``"mse"`` weighs rounding against clipping: of ``candidates`` (≥ 2) ranges, shrunk evenly
+    from min-max towards 0, the one with the least squared error (compared by Nagel et al. 2021).
 
     >>> x = torch.cat([torch.linspace(0, 1, 999), torch.tensor([8.0])])
     >>> [round(calibrate(x, bits=4, method=m).scale.item(), 3) for m in METHODS]
@@ -305,8 +233,7 @@ def calibrate(
 
 def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """The smallest and the largest of ascending values left when equally many are dropped at both ends."""
-    dropped = math.ceil(len(x) * (100 - percentile) / 200 - 1e-6)
-    dropped = min(dropped, (len(x) - 1) // 2)
+    dropped = min(math.ceil(len(x) * (100 - percentile) / 200 - 1e-6), (len(x) - 1) // 2)
     return x[dropped], x[len(x) - 1 - dropped]
 
 
@@ -325,12 +252,9 @@ def least_error_range(x: Tensor, bits: int, symmetric: bool, candidates: int) ->
 def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:
     """A copy of a chain in which each BatchNorm is part of the linear or convolution layer before it.
 
-    In eval mode BatchNorm is y = γ (x - μ) / √(σ² + ε) + β, a scale and a shift a channel, so it can be multiplied
-    into the weight and added to the bias (Jacob et al. 2018, equation 14). The copy is one flat ``nn.Sequential`` in
-    eval mode: with BatchNorm gone there is no other.
-
-    Raises:
-        UnsupportedModel: no chain of plain layers, or a BatchNorm that does not follow such a layer.
+    In eval mode BatchNorm is y = γ (x - μ) / √(σ² + ε) + β, a scale and a shift a channel (Jacob et al. 2018, equation
+    14). The copy is one flat ``nn.Sequential`` in eval mode: with BatchNorm gone there is no other.
+    UnsupportedModel: no chain of plain layers, or a BatchNorm that does not follow such a layer.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU())
     >>> [type(m).__name__ for m in fold_batchnorm(net)]
@@ -349,10 +273,7 @@ def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:
             raise UnsupportedModel(f"{name!r} ({module}) does not follow {need}, or keeps no statistics")
         # A copy of its own: elsewhere in the chain the same layer may come without this BatchNorm.
         folded[-1] = (before, fold_into_(copy.deepcopy(layer), module))
-    new = nn.Sequential()
-    for name, module in folded:
-        new.add_module(name.replace(".", "_"), module)
-    return new.eval()
+    return nn.Sequential(OrderedDict((name.replace(".", "_"), module) for name, module in folded)).eval()
 
 
 def fold_into_(layer: nn.Linear | nn.Conv2d, norm: nn.Module) -> nn.Module:

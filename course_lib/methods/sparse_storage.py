@@ -1,6 +1,6 @@
 """What a sparse weight costs in a file: the same numbers as dense values, as a bitmap, or as compressed sparse rows.
 
-Every layout is really written, and :func:`unpack_weight` gives the weight back bit for bit (a negative zero as zero).
+Every layout is really written, and read back bit for bit (a negative zero as zero).
 """
 
 import math
@@ -13,17 +13,13 @@ from torch import Tensor
 __all__ = ["LAYOUTS", "pack_weight", "unpack_weight"]
 
 LAYOUTS = ("dense", "bitmap", "csr")
-"""``dense``: all values. ``bitmap``: a bit each, then the non-zero values. ``csr``: row starts, columns, values."""
 
 
 def pack_weight(weight: Tensor, layout: str = "bitmap") -> bytes:
-    """Write a float32 weight in one of :data:`LAYOUTS`.
+    """Write a float32 weight ``[rows, ...]`` in one of :data:`LAYOUTS`; of n entries in r rows, k are not zero.
 
-    Sizes, beside a header of 2 + 4·dimensions bytes, for n weights in r rows of which k are not zero:
-    dense 4n; bitmap n/8 + 4k; csr 4(r + 1) + 2k + 4k (columns take 2 bytes up to 65,536 columns, else 4).
-
-    Args:
-        weight: ``[rows, ...]`` float32; csr treats everything after the first dimension as columns.
+    Beside a header of 2 + 4·dimensions bytes, dense takes 4n; bitmap (a bit each, then the non-zero values) n/8 + 4k;
+    csr (row starts, columns, values) 4(r + 1) + 2k + 4k, with 4 bytes a column where there are more than 65,536.
 
     >>> weight = torch.tensor([[0.0, 1.5, 0.0, 0.0], [0.0, 0.0, 0.0, 2.5]])
     >>> {layout: len(pack_weight(weight, layout)) for layout in LAYOUTS}
@@ -48,41 +44,32 @@ def pack_weight(weight: Tensor, layout: str = "bitmap") -> bytes:
 
 
 def unpack_weight(data: bytes) -> Tensor:
-    """Read what :func:`pack_weight` wrote: a float32 tensor of the same shape.
+    """The weight that :func:`pack_weight` wrote; ValueError for bytes cut off, too many, or no packed weight."""
+    try:
+        layout, shape = LAYOUTS[data[0]], struct.unpack_from(f"<{data[1]}I", data, 2)
+        total, columns, rest = math.prod(shape), math.prod(shape[1:]), memoryview(data)[2 + 4 * data[1] :]
 
-    Raises:
-        ValueError: the bytes are cut off, too many, or no packed weight.
-    """
-    if len(data) < 6 or data[0] >= len(LAYOUTS) or len(data) < 2 + 4 * data[1]:
-        raise ValueError(f"these {len(data)} bytes are no packed weight: the header does not fit")
-    layout, shape, position = LAYOUTS[data[0]], struct.unpack_from(f"<{data[1]}I", data, 2), 2 + 4 * data[1]
-    total = math.prod(shape) if shape else 0
-    if total == 0:
-        raise ValueError(f"a packed weight has at least one entry, this header says shape {shape}")
-    columns = total // shape[0]
+        def take(dtype: str, count: int) -> np.ndarray:
+            nonlocal rest
+            values = np.frombuffer(rest, dtype, count) if count else np.empty(0, dtype)
+            rest = rest[values.nbytes :]
+            return values
 
-    def take(dtype: str, count: int) -> np.ndarray:
-        nonlocal position
-        start, position = position, position + np.dtype(dtype).itemsize * count
-        if position > len(data):
-            raise ValueError(f"a packed weight is cut off: {position} bytes needed, {len(data)} given")
-        return np.frombuffer(data, dtype, count, start)
-
-    if layout == "dense":
         where = np.arange(total)
-    elif layout == "bitmap":
-        where = np.unpackbits(take("u1", math.ceil(total / 8)), count=total).nonzero()[0]
-    else:
-        starts = take("<u4", shape[0] + 1).astype(np.int64)
-        column = take(_column_type(columns), int(starts[-1])).astype(np.int64)
-        if starts[0] != 0 or (np.diff(starts) < 0).any() or (column >= columns).any():
-            raise ValueError(f"the packed row starts or columns do not fit shape {shape}")
-        where = np.repeat(np.arange(shape[0]), np.diff(starts)) * columns + column
-    kept = take("<f4", len(where))
-    if position != len(data):
-        raise ValueError(f"a packed weight has {len(data) - position} bytes too many")
-    values = np.zeros(total, dtype=np.float32)
-    values[where] = kept
+        if layout == "bitmap":
+            where = np.unpackbits(take("u1", math.ceil(total / 8)), count=total).nonzero()[0]
+        elif layout == "csr":
+            starts = take("<u4", shape[0] + 1).astype(np.int64)
+            column = take(_column_type(columns), int(starts[-1])).astype(np.int64)
+            if starts[0] != 0 or (column >= columns).any():
+                raise ValueError(f"its row starts or columns do not fit shape {shape}")
+            where = np.repeat(np.arange(shape[0]), np.diff(starts)) * columns + column
+        values = np.zeros(total, dtype=np.float32)
+        values[where] = take("<f4", len(where))
+        if len(rest) or not shape or not total:
+            raise ValueError(f"{len(rest)} bytes too many for shape {shape}")
+    except (IndexError, ValueError, struct.error) as error:
+        raise ValueError(f"these {len(data)} bytes are no packed weight: {error}") from error
     return torch.from_numpy(values.reshape(shape))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from course_lib.gate import UnsupportedModel, check_model, copy_model, own_forward, real_tensor
+from course_lib.gate import UnsupportedModel, check_model, copy_model, eval_mode, own_forward, real_tensor
 
 __all__ = ["CouplingError", "recalibrate_batchnorm", "remove_neurons"]
 
@@ -31,34 +31,19 @@ class CouplingError(UnsupportedModel):
 def remove_neurons(model: nn.Module, layer_name: str, keep: Tensor | Sequence[int] | Sequence[bool]) -> nn.Module:
     """Remove output neurons of a linear layer, or output channels of a convolution, and all that reads them.
 
-    The new model computes what the old one computes when the removed neurons' *activations* are set to zero where they
-    leave for the next layers, that is after BatchNorm, activation and pooling. Zeroing the layer's weights is the same
-    only if zero stays zero on the way: a BatchNorm's shift or a sigmoid turns a zeroed row into a constant.
-
-    Args:
-        model: any module that ``torch.fx`` can trace.
-        layer_name: name of an ``nn.Linear`` or ``nn.Conv1d/2d/3d`` in ``model.named_modules()``.
-        keep: what stays: a bool mask ``[out]``, or distinct indices in [0, out). The order of indices does not matter.
-
-    Returns:
-        A new model of the same class. ``model`` is unchanged; mode, dtypes, devices and ``requires_grad`` are kept, and
-        no random number is drawn. Gradients are not carried over.
+    The new model computes what the old one computes when the removed neurons' *activations* are zero where they leave
+    for the next layers, after BatchNorm, activation and pooling. ``model`` is unchanged; modes, dtypes, devices and
+    ``requires_grad`` are kept. ``layer_name`` is that of an ``nn.Linear`` or ``nn.Conv1d/2d/3d``; ``keep`` a bool mask
+    ``[out]`` of what stays, or distinct indices in [0, out) in any order.
 
     Raises:
-        CouplingError: a residual sum, a concatenation, a grouped or depthwise convolution, a shared layer or weight,
-            outputs of the whole model, a layer over all neurons (LayerNorm, attention), a hard-coded size, an operation
-            that is not known, a forward that cannot be traced, hooks, a model that cannot be copied.
-        ValueError: an unknown name, a layer of another kind, a ``keep`` that is empty, of the wrong length, out of
-            range or with repeats.
-        TypeError: ``keep`` is neither bool nor integer.
+        CouplingError: a residual sum, a concatenation, groups, a shared layer or weight, logits, a layer over all
+            neurons (LayerNorm, attention), a hard-coded size, an unknown operation, what cannot be traced or copied.
+        ValueError: an unknown name, another kind of layer, a ``keep`` that does not fit. TypeError: ``keep`` of floats.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> remove_neurons(model, "0", [0, 2])
-    Sequential(
-      (0): Linear(in_features=4, out_features=2, bias=True)
-      (1): ReLU()
-      (2): Linear(in_features=2, out_features=2, bias=True)
-    )
+    >>> small = remove_neurons(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "0", [0, 2])
+    >>> small[0].weight.shape, small[2].weight.shape
+    (torch.Size([2, 4]), torch.Size([2, 2]))
     """
     layer = _find_layer(model, layer_name)
     keep = _indices(keep, layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels, layer_name)
@@ -77,40 +62,30 @@ def remove_neurons(model: nn.Module, layer_name: str, keep: Tensor | Sequence[in
 def recalibrate_batchnorm(model: nn.Module, images: Tensor) -> nn.Module:
     """A copy whose BatchNorms hold the mean and variance of what they see on these images, all in one batch.
 
-    After surgery the statistics are those of the larger network. They are taken from first to last, so that each layer
-    sees what the renewed ones before it give. Weights, mode and everything else stay as they are; dropout is off.
-
-    Args:
-        images: ``[N, ...]``, N ≥ 2, as the model takes them.
-
-    Raises:
-        UnsupportedModel: no BatchNorm that keeps statistics, or one that is not reached or kept in eval mode.
+    After surgery the statistics are those of the larger network; they are taken from first to last, dropout off.
+    ``images`` are ``[N, ...]``, N ≥ 2. UnsupportedModel: no BatchNorm that keeps statistics, or one that sees nothing.
 
     >>> net = nn.Sequential(nn.BatchNorm1d(1, affine=False))
     >>> recalibrate_batchnorm(net, torch.tensor([[1.0], [5.0]]))[0].running_mean
     tensor([3.])
     """
     real_tensor(images, "images")
-    model, modes = copy_model(model), {name: module.training for name, module in model.named_modules()}
+    model = copy_model(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
-    momenta = {norm: (norm.momentum, norm.num_batches_tracked.clone()) for norm in norms.values()}
-    model.eval()
-    for norm in norms.values():
-        norm.train().reset_running_stats()
-        norm.momentum = None  # the plain mean over all calls of the layer, here one
-    with torch.no_grad():
+    before = {norm: (norm.momentum, norm.num_batches_tracked.clone()) for norm in norms.values()}
+    with eval_mode(model), torch.no_grad():
+        for norm in norms.values():
+            norm.train().reset_running_stats()
+            norm.momentum = None  # the plain mean over all calls of the layer, here one
         model(images)
     still = [name for name, norm in norms.items() if not norm.num_batches_tracked]
     if still or not norms:
-        what = (
-            f"{', '.join(still)} saw nothing or stays in eval mode" if still else "it has no BatchNorm with statistics"
-        )
+        seen = f"{', '.join(still)} saw nothing or stays in eval mode"
+        what = seen if still else "it has no BatchNorm with statistics"
         raise UnsupportedModel(f"cannot recalibrate this {type(model).__name__}: {what}")
-    for norm, (momentum, tracked) in momenta.items():
+    for norm, (momentum, tracked) in before.items():
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(tracked)
-    for name, module in model.named_modules():
-        module.training = modes[name]
     return model
 
 
@@ -118,34 +93,23 @@ def recalibrate_batchnorm(model: nn.Module, images: Tensor) -> nn.Module:
 # [..., n] in its last. Flattened, a channel is a run of consecutive columns, and a feature comes back every n columns.
 _CHANNEL, _LAST, _FLAT_CHANNEL, _FLAT_LAST = "channel", "last", "flat channel", "flat last"
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
-_ELEMENTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Softsign),
-    *(nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Identity),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
-# Functions and methods by name, with or without the underscore of working in place.
-_POOL_NAMES = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)}
-_ELEMENTWISE_NAMES = {
-    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "logsigmoid", "tanh"),
-    *("hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "clamp", "clip", "abs", "neg", "square", "sqrt"),
-    *("exp", "erf", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "contiguous", "clone", "detach"),
-    *("float", "half", "double"),
-}
-_BINARY_NAMES = {
-    *("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div", "pow", "maximum", "minimum"),
-}
+# Modules, functions and methods that treat each neuron alone; names in lower case and without underscores.
+_POOLS = {f"{kind}pool{d}d" for kind in ("max", "avg", "adaptiveavg", "adaptivemax") for d in (1, 2, 3)}
+_ALONE = _POOLS | {
+    "relu", "relu6", "leakyrelu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "logsigmoid",
+    "tanh", "hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "tanhshrink", "softshrink", "hardshrink",
+    "threshold", "clamp", "clip", "abs", "neg", "square", "sqrt", "exp", "erf", "dropout", "dropout1d", "dropout2d",
+    "dropout3d",
+    "alphadropout", "featurealphadropout", "identity", "contiguous", "clone", "detach", "float", "half", "double",
+    "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div", "pow", "maximum", "minimum",
+}  # fmt: skip
 
 
 class _Reader:
     """Follows the kept neurons of a layer through the traced graph and notes what is cut on the way.
 
-    ``where[node]`` says how a node's output carries the neurons, ``rank[node]`` how many dimensions it has, if known.
+    ``where[node]`` says how a node's output carries the neurons, ``rank[node]`` how many dimensions it has, if known,
+    ``found[name]`` what is cut: (dimension, kept entries along it).
     """
 
     def __init__(self, model: nn.Module, layer_name: str, keep: Tensor, training: bool):
@@ -153,9 +117,7 @@ class _Reader:
         self.layer = model.get_submodule(layer_name)
         self.size = len(self.layer.weight)
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.where: dict[fx.Node, str] = {}
-        self.rank: dict[fx.Node, int | None] = {}
-        self.found: dict[str, tuple[int, Tensor]] = {}
+        self.where, self.rank, self.found = {}, {}, {}
         try:
             with torch.random.fork_rng(devices=[]):
                 self.nodes = list(fx.Tracer().trace(model.train(training)).nodes)
@@ -167,7 +129,7 @@ class _Reader:
         return CouplingError(self.layer_name, coupling)
 
     def cuts(self) -> dict[str, tuple[int, Tensor]]:
-        """(dimension, kept entries along it) for the layer and all modules that see its neurons, by name."""
+        """What is to be cut of the layer and of all modules that see its neurons."""
         for node in self.nodes:
             module = self.modules[node.target] if node.op == "call_module" else None
             self.rank[node] = self._rank(node, module)
@@ -182,41 +144,39 @@ class _Reader:
         return self.found
 
     def _rank(self, node: fx.Node, module: nn.Module | None) -> int | None:
-        name = _op_name(node)
         if isinstance(module, _CONVS):
             return 2 + len(module.kernel_size)
-        if _is_flatten(node, module) or (name == "mean" and module is None):
+        if _is_flatten(node, module) or _op_name(node) == "mean":
             return 2  # a mean that is not over all pixels is refused anyway
-        same = isinstance(module, (nn.Linear, _BatchNorm, *_ELEMENTWISE, *_POOLS))
-        if same or name in _ELEMENTWISE_NAMES | _POOL_NAMES | _BINARY_NAMES:
+        if isinstance(module, (nn.Linear, _BatchNorm)) or _kind(node, module) in _ALONE:
             return next((self.rank[source] for source in node.all_input_nodes), None)
         return None
 
     def _step(self, node: fx.Node, module: nn.Module | None, carriers: list[fx.Node]) -> None:
         """One operation on the neurons: cut it, pass it, or refuse it."""
-        name, state, rank = _op_name(node), self.where[carriers[0]], self.rank[carriers[0]]
+        name, kind, state, rank = _op_name(node), _kind(node, module), self.where[carriers[0]], self.rank[carriers[0]]
         label = repr(node.target) if module is not None else f"{name} (node {node.name!r})"
         others = [s.target if s.op != "call_function" else s.name for s in node.all_input_nodes if s not in carriers]
         flatten = _is_flatten(node, module)
         if node.op == "output":
             raise self.refuse("its neurons are outputs of the whole model (logits)")
+        met = ", ".join(map(repr, others))
         if module is None and name in ("cat", "concat", "concatenate", "stack"):
-            with_whom = ", ".join(map(repr, others)) or "itself"
-            raise self.refuse(f"its outputs are concatenated with those of {with_whom} by {label}")
+            raise self.refuse(f"its outputs are concatenated with those of {met or 'itself'} by {label}")
         if others and not flatten:
-            what = f"its outputs meet those of {', '.join(map(repr, others))} in {label}"
-            raise self.refuse(f"{what}, a residual connection, gate or tensor of numbers for each neuron")
+            kinds = "a residual connection, gate or tensor of numbers for each neuron"
+            raise self.refuse(f"its outputs meet those of {met} in {label}, {kinds}")
         if any(self.where[source] != state for source in carriers):
             raise self.refuse(f"{label} combines its outputs before and after flattening")
 
-        if isinstance(module, nn.Linear):
-            if state == _CHANNEL:
+        if isinstance(module, (nn.Linear, *_CONVS)):
+            linear = isinstance(module, nn.Linear)
+            if linear and state == _CHANNEL:
                 raise self.refuse(f"{label} is a Linear that reads the last axis of a feature map, not its channels")
-            self._claim(node, module, 1, self._entries(state, module.in_features, label))
-        elif isinstance(module, _CONVS):
-            if state != _CHANNEL:
+            if not linear and state != _CHANNEL:
                 raise self.refuse(f"{label} is a convolution over what is no feature map with channels")
-            self._claim(node, module, 1, self._entries(state, module.in_channels, label))
+            size = module.in_features if linear else module.in_channels
+            self._claim(node, module, 1, self._entries(state, size, label))
         elif isinstance(module, _BatchNorm) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
             # Its numbers belong to dimension 1, which a linear layer's neurons are in only where there are two.
             if state == _LAST and rank != 2 and not (rank is None and type(self.model) is nn.Sequential):
@@ -229,20 +189,16 @@ class _Reader:
             self.where[node] = {_CHANNEL: _FLAT_CHANNEL, _LAST: _FLAT_LAST}.get(state, state)
         elif state == _CHANNEL and _is_global_mean(node, rank):
             self.where[node] = _LAST
-        elif isinstance(module, _ELEMENTWISE) or (module is None and name in _ELEMENTWISE_NAMES | _BINARY_NAMES):
-            self._plain(module, label)
-            self.where[node] = state
-        elif isinstance(module, _POOLS) or (module is None and name in _POOL_NAMES):
-            width = int((type(module).__name__ if module is not None else name)[-2])
-            if state != _CHANNEL or rank != width + 2:
+        elif kind in _ALONE:
+            if kind in _POOLS and (state != _CHANNEL or rank != int(kind[-2]) + 2):
                 raise self.refuse(f"{label} pools over the neurons themselves")
             self._plain(module, label)
             self.where[node] = state
         elif isinstance(module, (nn.Flatten, nn.Unflatten)) or name in ("view", "reshape", "flatten", "unflatten"):
             raise self.refuse(f"forward calls {label} with sizes of its own; write x.flatten(1), which fits any number")
         else:
-            kind = f"{label} is a {type(module).__name__}" if module is not None else f"forward calls {label}"
-            raise self.refuse(f"{kind}, which couples neurons in a way it does not know")
+            what = f"{label} is a {type(module).__name__}" if module is not None else f"forward calls {label}"
+            raise self.refuse(f"{what}, which couples neurons in a way it does not know")
 
     def _plain(self, module: nn.Module | None, label: str) -> None:
         if module is not None and own_forward(module):
@@ -289,6 +245,11 @@ def _op_name(node: fx.Node) -> str:
     return name.rstrip("_") if known else f"{home}.{name}"  # somebody's own relu may be anything
 
 
+def _kind(node: fx.Node, module: nn.Module | None) -> str:
+    """What a node does, whether by a module (which fx keeps only if it is torch.nn's), a function or a method."""
+    return (_op_name(node) if module is None else type(module).__name__).replace("_", "").lower()
+
+
 def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -330,38 +291,34 @@ def _find_layer(model: nn.Module, layer_name: str) -> nn.Module:
         raise CouplingError(layer_name, str(error).removeprefix("cannot remove neurons from ")) from error
     modules = dict(model.named_modules())
     fits = [name for name, module in modules.items() if isinstance(module, (nn.Linear, *_CONVS))]
+    if layer_name in fits:
+        return modules[layer_name]
+    close = difflib.get_close_matches(str(layer_name), fits, n=3, cutoff=0.3)
+    hint = ", ".join(close or fits) or "none, the model has no Linear or Conv layer"
     if layer_name not in modules:
-        close = difflib.get_close_matches(str(layer_name), fits, n=3, cutoff=0.3)
-        hint = ", ".join(close or fits) or "none, the model has no Linear or Conv layer"
         raise ValueError(f"no layer is called {layer_name!r}; the closest: {hint}")
-    if layer_name not in fits:
-        kind = f"{layer_name!r} is a {type(modules[layer_name]).__name__}"
-        there = ", ".join(fits) or "there is none here"
-        raise ValueError(f"{kind}: neurons can be removed from Linear and Conv layers ({there})")
-    return modules[layer_name]
+    kind = type(modules[layer_name]).__name__
+    raise ValueError(f"{layer_name!r} is a {kind}: neurons can be removed from Linear and Conv layers ({hint})")
 
 
 def _indices(keep: Tensor | Sequence[int] | Sequence[bool], size: int, layer_name: str) -> Tensor:
     """``keep`` as sorted distinct indices."""
     given = torch.as_tensor(keep if hasattr(keep, "__array__") else list(keep)).detach().cpu()
-    if given.dim() != 1:
-        raise ValueError(f"keep must have one dimension, got shape {tuple(given.shape)}")
-    if given.dtype is torch.bool and len(given) not in (0, size):
-        raise ValueError(f"the mask keep must have one entry for each of the {size} neurons, got {len(given)}")
-    if len(given) == 0 or (given.dtype is torch.bool and not given.any()):
+    mask, count = given.dtype is torch.bool, given.numel()
+    if given.dim() != 1 or (mask and count not in (0, size)):
+        fits = f"one dimension, and as a mask one entry for each of the {size} neurons"
+        raise ValueError(f"keep must have {fits}, got shape {tuple(given.shape)}")
+    if count == 0 or (mask and not given.any()):
         raise ValueError(f"keep leaves nothing: all {size} neurons of {layer_name!r} would be removed")
-    if given.dtype is torch.bool:
-        return given.nonzero().flatten()
     if given.is_floating_point() or given.is_complex():
         raise TypeError(f"keep must be a bool mask or integer indices, got dtype {given.dtype}")
-    unique = given.long().unique()
+    unique = (given.nonzero().flatten() if mask else given.long()).unique()
     if unique[0] < 0 or unique[-1] >= size:
         raise ValueError(
-            f"keep has indices outside [0, {size}): {[i for i in given.tolist() if not 0 <= i < size][:5]}"
+            f"keep has indices outside [0, {size}): {unique[(unique < 0) | (unique >= size)].tolist()[:5]}"
         )
-    if len(unique) != len(given):
-        counts = f"{len(given)} given, {len(unique)} distinct"
-        raise ValueError(f"keep repeats indices: {counts} (a mask must be of dtype bool)")
+    if not mask and len(unique) != count:
+        raise ValueError(f"keep repeats indices: {count} given, {len(unique)} distinct (a mask must be of dtype bool)")
     return unique
 
 
@@ -373,9 +330,6 @@ def _cut(module: nn.Module, dim: int, index: Tensor) -> None:
             part = tensor.detach().index_select(dim, index.to(tensor.device))
             is_parameter = isinstance(tensor, nn.Parameter)
             setattr(module, name, nn.Parameter(part, tensor.requires_grad) if is_parameter else part)
-    sizes = (
-        ("out_features", "out_channels", "num_features", "num_parameters")
-        if dim == 0
-        else ("in_features", "in_channels")
-    )
+    outputs = ("out_features", "out_channels", "num_features", "num_parameters")
+    sizes = outputs if dim == 0 else ("in_features", "in_channels")
     setattr(module, next(size for size in sizes if hasattr(module, size)), len(index))

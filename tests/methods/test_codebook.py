@@ -78,13 +78,9 @@ def test_few_distinct_values_are_kept_as_they_are(values, keep_zeros):
 
 def test_other_precisions():
     weight = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    book = kmeans_codebook(weight, 4, dtype=torch.float16)
-    assert torch.equal(book.centroids, book.centroids.half().float())
     half = kmeans_codebook(weight.half(), 4)
     assert half.centroids.dtype == torch.float16
-    torch.testing.assert_close(half.centroids.float(), book.centroids, rtol=0.02, atol=0.02)
-    with pytest.raises(ValueError, match=r"centroids in torch\.float16 has 1 NaN or infinite"):
-        kmeans_codebook(torch.tensor([1e9, 1.0]), 2, dtype=torch.float16)
+    torch.testing.assert_close(half.centroids.float(), kmeans_codebook(weight, 4).centroids, rtol=0.02, atol=0.02)
 
 
 def test_bad_input():
