@@ -78,8 +78,9 @@ class Result:
         return f"{'✓ ' if self.passed else ''}{self.name}: {self.text}"
 
     def _repr_html_(self) -> str:
-        color, sign = ("#0072B2", "✓ ") if self.passed else ("#B54700", "")
-        return f'<span style="color:{color}">{sign}<b>{self.name}</b>:</span> {html.escape(self.text)}'
+        color, sign = ("#009E73", "✓ ") if self.passed else ("#E69F00", "")
+        style = f"border-left: 4px solid {color}; padding-left: 0.5em"
+        return f'<div style="{style}">{sign}<b>{html.escape(self.name)}</b>: {html.escape(self.text)}</div>'
 
 
 class _NotYet(Exception):
@@ -159,8 +160,8 @@ def _call(task: Task, function: Callable, case: tuple) -> _Outcome:
             return _call(task, function, plain)
         value, error = None, raised
     blank = str(returned[0]) if returned and (returned[0] is None or returned[0] is Ellipsis) else ""
-    names = zip(inspect.signature(task.answer).parameters, case, arguments, strict=False)
-    changed = () if error else tuple(name for name, was, now in names if not _unchanged(was, now))
+    named = zip(inspect.signature(task.answer).parameters, case, arguments, strict=False)
+    changed = tuple(name for name, was, now in named if not callable(was) and _difference(now, was, 0.0))
     return _Outcome(value, error, changed, blank)
 
 
@@ -271,17 +272,6 @@ def _family(value: Tensor) -> str:
     if value.dtype in (torch.bool, torch.int8, torch.uint8):
         return str(value.dtype)
     return "float" if value.is_floating_point() else "int"
-
-
-def _unchanged(was: Any, now: Any) -> bool:
-    if isinstance(was, (Tensor, np.ndarray)):
-        a, b = torch.as_tensor(was), torch.as_tensor(now)
-        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.allclose(a.double(), b.double(), 0, 0, True))
-    if isinstance(was, Mapping):
-        return was.keys() == now.keys() and all(_unchanged(was[key], now[key]) for key in was)
-    if isinstance(was, (tuple, list)):
-        return len(was) == len(now) and all(map(_unchanged, was, now))
-    return callable(was) or was == now
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

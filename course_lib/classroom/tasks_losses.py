@@ -122,8 +122,7 @@ _CHAPTER_04 = [
         "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
         "The value is right, but no gradient reaches the student.": _TAKES_ITEM,
     }, observe=with_gradient),
-    Task(
-         "t_squared_gradient", _slope, "a tensor of the logits' shape", "2 to 10 classes, 1 to 6 images, T 0.5 to 4.",
+    Task("t_squared_gradient", _slope, "a tensor of the logits' shape", "2 to 10 classes, 1 to 6 images, T 0.5 to 4.",
          lambda rng: _logits(rng, large=False), {
         "That is the gradient of KL alone: T² is missing.": dict(power=-1),
         "T² times 1/T is T: z / T has a slope of its own.": dict(power=2),
@@ -132,9 +131,7 @@ _CHAPTER_04 = [
         "The loss is a mean over images: divide by how many there are.": dict(images=False),
         "Both distributions are softened by T.": dict(soft=False),
     }),
-    Task(
-         "fit_temperature", _fit, "a number above 0", "networks too sure, not sure enough, and nearly right.", _answers,
-         {
+    Task("fit_temperature", _fit, "a number above 0", "networks too sure, not sure enough, and both.", _answers, {
         "That is 1 / T.": dict(inverse=True),
         "That is T = 1, whatever the labels say.": lambda logits, labels: 1.0,
         "T below 1 is never tried: an underconfident network needs it.": dict(low=0.0),
@@ -164,9 +161,7 @@ def _lessons(rng):
 
 
 def _loss(**fault):
-    return lambda student_logits, teacher_logits, temperature: _soft(
-        student_logits, teacher_logits, temperature, **fault
-    )
+    return lambda student, teacher, temperature: _soft(student, teacher, temperature, **fault)
 
 
 _BUGS = {
@@ -269,8 +264,7 @@ _CHAPTER_05 = [
         "These are magnitudes; squares are asked for.": dict(energy=torch.abs),
         "That is the mean over the positions; their sum is asked for.": dict(each=torch.mean),
     }, observe=with_gradient),
-    Task(
-         "label_budget", _budget, "a number of labels, or None", "budgets that suffice, and that do not.", _score_rows,
+    Task("label_budget", _budget, "a number of labels, or None", "budgets that suffice, and that do not.", _score_rows,
          {
         "That compares means; the *whole* interval has to lie above −margin.": dict(by="mean"),
         "\"No difference seen\" is not \"no difference\": a wide interval contains 0 easily.": dict(by="zero"),
@@ -389,8 +383,7 @@ def _leaderboard(size: int, cost: str) -> str:
 
 
 _CHAPTER_06 = [
-    Task(
-         "pareto_front", _front, "True or False for each point", "equal points, equal costs, one point alone.", _points,
+    Task("pareto_front", _front, "True or False for each point", "equal points, equal costs, one point alone.", _points,
          {
         "A point that is worse in one and equal in the other is not on the front.": dict(
             better=lambda c, g: c < 0 and g > 0),

@@ -264,7 +264,7 @@ _CHAPTER_02 = [
         "It ends at 1, whatever `final` is.": lambda step, steps, final: _cubic(step, steps, 1.0),
         "That is the share that is *left*.": dict(left=True),
     }),
-    Task("cut_neurons", _cut, "three tensors: weight, bias, following",
+    Task("cut_neurons", _cut, "a triple (weight, bias, following)",
          "layers of four shapes, with one neuron left up to all.", _neurons, {
         "The next layer still reads every neuron: its columns have to go too.": dict(
             change=lambda w, b, f, k: (w[k], b[k], f)),
@@ -423,8 +423,7 @@ _CHAPTER_03 = [
         "Nothing is clipped: there are no integers outside qmin to qmax.": lambda x, s, z, low, high: (
             _ste(x, s, z, -999, 999)),
     }, observe=with_gradient),
-    Task(
-         "per_group", _groups, "a tensor of the weight's shape", "groups of 1 to 4 at 2, 4 and 8 bits, some all zeros.",
+    Task("per_group", _groups, "a tensor of the weight's shape", "groups of 1 to 4 at 2, 4 and 8 bits, some all zeros.",
          _grouped, {
         "That is one scale for the whole tensor.": dict(shape=(1, 1, -1)),
         "That is one scale a row.": lambda weight, bits, group: _groups(weight, bits, weight.shape[1]),
@@ -432,8 +431,7 @@ _CHAPTER_03 = [
         "The largest integer is 2^(bits − 1) − 1, so that −x and x are equally well off.": dict(spare=0),
         "A group of zeros has become NaN: its scale is 0, and 0 / 0 is no number.": dict(nothing=math.nan),
     }),
-    Task(
-         "requantize", _requantized, "an int8 tensor", "sums of both signs, beyond both ends, zero points.", _sums,
+    Task("requantize", _requantized, "an int8 tensor", "sums of both signs, beyond both ends, zero points.", _sums,
          {
         "That cuts the fraction off, towards 0; round to the nearest.": dict(rounding=torch.trunc),
         "That rounds down; round to the nearest.": dict(rounding=torch.floor),
