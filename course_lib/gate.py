@@ -128,15 +128,11 @@ def _hooked(module: nn.Module) -> str:
     for key, p in module.named_parameters(recurse=False):
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"a copy would lose the hook on its {key}; take it off first (handle.remove())"
-    held = ((key, type(part).__name__) for key, part, by_function in _kept_beside(module) if by_function)
-    return next(
-        (
-            f"its attribute {key!r} is a function that holds a {kind}, which a copy would share with this model; "
-            "make it a method or a registered submodule"
-            for key, kind in held
-        ),
-        "",
-    )
+    for key, part, by_function in _kept_beside(module):
+        if by_function:
+            what = f"its attribute {key!r} is a function that holds a {type(part).__name__}"
+            return f"{what}, which a copy would share with this model; make it a method or a registered submodule"
+    return ""
 
 
 def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:

@@ -65,16 +65,10 @@ def test_shares_and_whole_numbers():
             gate.whole_number(bad, "n")
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float8_e4m3fn, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.int64, torch.float64),
-    ],
-)
+@pytest.mark.parametrize(("given", "wanted"), [
+    (torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float8_e4m3fn, torch.float32),
+    (torch.float64, torch.float64), (torch.int64, torch.float64),
+])  # fmt: skip
 def test_real_tensors_in_a_precision_that_loses_nothing(given, wanted):
     value = gate.real_tensor(torch.tensor([1.0, -2.0]).to(given), "x")
     assert value.dtype is wanted
@@ -341,17 +335,12 @@ class Leaky(nn.ReLU):
         return x
 
 
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        (nn.Linear(2, 2), "cannot write the model .Linear"),
-        (ByHand(), "cannot write the model .ByHand"),
-        (Backwards(nn.Linear(2, 2)), "cannot write the model .Backwards"),
-        (mlp(Leaky()), "cannot write '1' .Leaky"),
-        (mlp(nn.Sequential(nn.MultiheadAttention(4, 2))), "cannot write '1.0' .MultiheadAttention"),
-        (with_(lambda m: m[0].register_forward_hook(print)), "cannot write '0' .Linear.: its hook"),
-    ],
-)
+@pytest.mark.parametrize(("model", "text"), [
+    (nn.Linear(2, 2), "cannot write the model .Linear"), (ByHand(), "cannot write the model .ByHand"),
+    (Backwards(nn.Linear(2, 2)), "cannot write the model .Backwards"), (mlp(Leaky()), "cannot write '1' .Leaky"),
+    (mlp(nn.Sequential(nn.MultiheadAttention(4, 2))), "cannot write '1.0' .MultiheadAttention"),
+    (with_(lambda m: m[0].register_forward_hook(print)), "cannot write '0' .Linear.: its hook"),
+])  # fmt: skip
 def test_what_is_no_chain(model, text):
     with pytest.raises(UnsupportedModel, match=text):
         chain_steps(model, "write")

@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 INT32_MAX = 2**31 - 1
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,7 @@ def fixed_point(real: Tensor) -> FixedPoint:
         raise ValueError(f"factors must be above 0 and below 2^31, got {real.tolist()}")
     mantissa, exponent = torch.frexp(real)
     multiplier = (mantissa * 2**31).round().to(torch.int64)
-    # Rounding up may reach 2^31, one bit too long.
-    full = multiplier == 2**31
+    full = multiplier == 2**31  # rounded up, one bit too long
     multiplier = torch.where(full, 2**30, multiplier)
     exponent = exponent.to(torch.int64) + full
     # Beyond 62 places any product of 62 bits is rounded to 0 or to one step.
@@ -120,7 +120,7 @@ def rescaled(total: Tensor, x_q: QuantParams, w_q: QuantParams, bias: Tensor | N
     return requantize(total if bias is None else total + bias, factor, y_q)
 
 
-def windows(xq: Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], fill: int) -> Tensor:
+def windows(xq: Tensor, size: Pair, stride: Pair, padding: Pair, fill: int) -> Tensor:
     """All windows of a feature map [N, C, H, W], the border filled with ``fill``: [N, C, H', W', kh, kw]."""
     padded = nn.functional.pad(xq, (padding[1], padding[1], padding[0], padding[0]), value=fill)
     if padded.shape[2] < size[0] or padded.shape[3] < size[1]:
@@ -130,7 +130,7 @@ def windows(xq: Tensor, size: tuple[int, int], stride: tuple[int, int], padding:
 
 def integer_conv2d(
     xq: Tensor, x_q: QuantParams, wq: Tensor, w_q: QuantParams, bias: Tensor | None, y_q: QuantParams,
-    *, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
+    *, stride: Pair = (1, 1), padding: Pair = (0, 0),
 ) -> Tensor:  # fmt: skip
     """A convolution on integers: inputs [N, C, H, W], weights [O, C, kh, kw] → [N, O, H', W'].
 
@@ -145,9 +145,7 @@ def integer_conv2d(
     return rescaled(accumulator, x_q, w_q, bias, y_q).movedim(3, 1).contiguous()
 
 
-def integer_max_pool2d(
-    xq: Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int] = (0, 0)
-) -> Tensor:
+def integer_max_pool2d(xq: Tensor, size: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
     """Max-pooling of integers [N, C, H, W]: order is all it needs, so the grid stays as it is."""
     return windows(xq, size, stride, padding, torch.iinfo(xq.dtype).min).amax(dim=(-1, -2))
 
@@ -163,8 +161,8 @@ class IntegerLayer:
     y_q: QuantParams
     weight: Tensor
     bias: Tensor
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
     relu: bool = False
 
     def __call__(self, xq: Tensor) -> Tensor:
@@ -226,7 +224,8 @@ def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
 
     UnsupportedModel: names a step that is no linear, convolution, ReLU, max-pooling or flatten layer.
     """
-    steps = [(n, m) for n, m in fold_batchnorm(model).float()._modules.items() if not isinstance(m, NOTHING)]
+    nothing = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+    steps = [(n, m) for n, m in fold_batchnorm(model).float()._modules.items() if not isinstance(m, nothing)]
     for name, module in steps:
         flat = type(module) is not nn.Flatten or (module.start_dim, module.end_dim) == (1, -1)
         if not flat or type(module) not in (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten):
@@ -237,27 +236,18 @@ def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     return steps
 
 
-NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
-
-
 def integer_network(
     model: nn.Sequential, calibration: Tensor, *, method: str = "minmax", per_channel: bool = True
 ) -> IntegerNetwork:
     """Post-training static quantization of a chain to 8 bits throughout: int8 weights, uint8 activations.
 
-    Args:
-        model: linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers; it is not modified.
-        calibration: images [N, ...] on which the ranges of all activations are chosen, by the ``method`` of
-            :func:`~course_lib.methods.quantized_layers.calibrate`.
-        per_channel: one weight scale an output channel instead of one a layer.
-
-    Raises:
-        UnsupportedModel: names another kind of layer, or one whose input has no batch in front.
-        ValueError: empty calibration data, NaN or infinite values.
+    ``model`` has linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers and is not modified. The
+    ranges are chosen on images ``calibration`` [N, ...] by a ``method`` of
+    :func:`~course_lib.methods.quantized_layers.calibrate`; ``per_channel`` gives each output channel a weight scale.
+    UnsupportedModel: another kind of layer, or one whose input has no batch in front. ValueError: NaN, no images.
 
     >>> net, images = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(100, 4)
-    >>> integers = integer_network(net, images)
-    >>> bool((integers(images) - net(images)).abs().max() < 0.1)
+    >>> bool((integer_network(net, images)(images) - net(images)).abs().max() < 0.1)
     True
     """
     x = check_real(calibration, "calibration").float().clone()
@@ -285,12 +275,9 @@ def integer_network(
     return IntegerNetwork(tuple(steps), x_q, grid)
 
 
-def pool_sizes(name: str, module: nn.MaxPool2d) -> dict[str, tuple[int, int]]:
+def pool_sizes(name: str, module: nn.MaxPool2d) -> dict[str, Pair]:
     """Window, stride and padding in pixels of an ``nn.MaxPool2d``, if it is of the plain kind."""
-    size, stride, padding, dilation = (
-        (value, value) if isinstance(value, int) else tuple(value)
-        for value in (module.kernel_size, module.stride, module.padding, module.dilation)
-    )
-    if dilation != (1, 1) or module.ceil_mode or module.return_indices:
+    if module.dilation not in (1, (1, 1), [1, 1]) or module.ceil_mode or module.return_indices:
         raise UnsupportedModel(f"{name!r} ({module}) has no counterpart here: dilation=1, ceil_mode=False are needed")
-    return {"size": size, "stride": stride, "padding": padding}
+    sizes = {"size": module.kernel_size, "stride": module.stride, "padding": module.padding}
+    return {key: (value, value) if isinstance(value, int) else tuple(value) for key, value in sizes.items()}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from course_lib.files import write_file
 from course_lib.gate import UnsupportedModel, whole_number
-from course_lib.methods.integer import IntegerLayer, IntegerNetwork, float_steps, integer_max_pool2d, pool_sizes
-from course_lib.methods.quantization import QuantParams, choose_qparams, in_groups, naming, quantize
+from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair, float_steps, integer_max_pool2d, pool_sizes
+from course_lib.methods.quantization import QuantParams, choose_qparams, naming, quantize
 
 if TYPE_CHECKING:
     import onnx
@@ -104,7 +104,7 @@ class Graph:
         return model
 
 
-def window(size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> dict[str, list[int]]:
+def window(size: Pair, stride: Pair, padding: Pair) -> dict[str, list[int]]:
     """What Conv and MaxPool call kernel, stride and padding."""
     return {"kernel_shape": list(size), "strides": list(stride), "pads": [*padding, *padding]}
 
@@ -164,7 +164,7 @@ def add_int4_layer(graph: Graph, name: str, layer: nn.Linear, attributes: dict) 
     """A MatMulNBits node: two integers a byte, the first in the lower half, 8 added so that none is negative."""
     group = attributes["block_size"]
     q = choose_qparams(layer.weight, 4, group=group)
-    marks = in_groups((quantize(layer.weight, q) + 8).to(torch.uint8), group)
+    marks = (quantize(layer.weight, q) + 8).to(torch.uint8).unflatten(-1, (-1, group))
     packed = marks[..., ::2] | marks[..., 1::2] << 4  # [O, groups, group / 2]
     constants = (graph.constant(f"{name}_packed", packed), graph.constant(f"{name}_scale", q.scale))
     sizes = {"K": layer.in_features, "N": layer.out_features}

@@ -114,22 +114,15 @@ def integer_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
     return (-top, top) if symmetric else (0, 2**bits - 1)
 
 
-def in_groups(x: Tensor, group: int) -> Tensor:
-    """``x`` [..., n] as [..., n / group, group]: what lies side by side in the last dimension shares a scale."""
+def slices(x: Tensor, axis: int | None, group: int | None) -> Tensor:
+    """``x`` arranged so that the last dimension holds what shares a scale: [n], [C, n] or [..., n / group, group]."""
+    if group is None:
+        return x.flatten() if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
     group, length = whole_number(group, "group"), x.shape[-1] if x.dim() else 1
     if x.dim() == 0 or length % group:
         fits = max(g for g in range(1, min(group, length) + 1) if length % g == 0)
         raise ValueError(f"group={group} does not divide the last dimension of shape {tuple(x.shape)}; {fits} would")
     return x.unflatten(-1, (-1, group))
-
-
-def slices(x: Tensor, axis: int | None, group: int | None) -> Tensor:
-    """``x`` arranged so that the last dimension holds what shares a scale: [n], [C, n] or [..., n / group, group]."""
-    if group is not None:
-        return in_groups(x, group)
-    if axis is not None:
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-    return x.flatten()
 
 
 def spread(scale: Tensor, dims: int, axis: int | None, group: int | None) -> Tensor:

@@ -225,16 +225,11 @@ def calibrate(
         raise ValueError("calibration is empty: it needs at least one recorded value")
     low, high = x[0], x[-1]
     if method == "percentile":
-        low, high = percentile_range(x, percentile)
+        dropped = min(math.ceil(len(x) * (100 - percentile) / 200 - 1e-6), (len(x) - 1) // 2)  # at each end
+        low, high = x[dropped], x[len(x) - 1 - dropped]
     elif method == "mse":
         low, high = least_error_range(x, bits, symmetric, candidates)
     return qparams_from_range(low, high, bits, symmetric=symmetric)
-
-
-def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest of ascending values left when equally many are dropped at both ends."""
-    dropped = min(math.ceil(len(x) * (100 - percentile) / 200 - 1e-6), (len(x) - 1) // 2)
-    return x[dropped], x[len(x) - 1 - dropped]
 
 
 def least_error_range(x: Tensor, bits: int, symmetric: bool, candidates: int) -> tuple[Tensor, Tensor]:

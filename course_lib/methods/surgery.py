@@ -99,9 +99,8 @@ _ALONE = _POOLS | {
     "relu", "relu6", "leakyrelu", "prelu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "logsigmoid",
     "tanh", "hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "tanhshrink", "softshrink", "hardshrink",
     "threshold", "clamp", "clip", "abs", "neg", "square", "sqrt", "exp", "erf", "dropout", "dropout1d", "dropout2d",
-    "dropout3d",
-    "alphadropout", "featurealphadropout", "identity", "contiguous", "clone", "detach", "float", "half", "double",
-    "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div", "pow", "maximum", "minimum",
+    "dropout3d", "alphadropout", "featurealphadropout", "identity", "contiguous", "clone", "detach", "float", "half",
+    "double", "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div", "pow", "maximum", "minimum",
 }  # fmt: skip
 
 

@@ -12,19 +12,11 @@ from torch.nn import functional as F
 from course_lib.gate import UnsupportedModel
 from course_lib.methods.codebook import Codebook
 from course_lib.methods.formats import Encoded
-from course_lib.methods.integer import (
-    FixedPoint,
-    IntegerLayer,
-    IntegerNetwork,
-    fixed_point,
-    integer_conv2d,
-    integer_layer,
-    integer_linear,
-    integer_max_pool2d,
-    integer_network,
-    quantize_bias,
-    requantize,
-)
+
+from course_lib.methods.integer import (  # isort: skip
+    FixedPoint, IntegerLayer, IntegerNetwork, fixed_point, integer_conv2d, integer_layer, integer_linear,
+    integer_max_pool2d, integer_network, quantize_bias, requantize,
+)  # fmt: skip
 from course_lib.methods.quantization import QuantParams, choose_qparams, dequantize, qparams_from_range, quantize
 from course_lib.methods.quantized_layers import fake_quantized
 
@@ -260,22 +252,19 @@ def test_what_is_left_of_dead_channels_is_their_bias(images, per_channel, factor
     assert (integers(images) - logits).abs().max() <= 4 * integers.y_q.scale
 
 
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid()), r"'1' \(Sigmoid\(\)\) has no counterpart"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, ceil_mode=True)), "'1' .*ceil_mode=False"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, dilation=2)), "'1' .*dilation=1"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(0)), "'1' .*has no counterpart"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(2)), "'1' .*has no counterpart"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3, padding="same")), "layer '0': .*zero padding in numbers"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2)), "layer '0': .*groups=1"),
-        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 2, 3, padding_mode="circular")), "layer '1': .*zero padding"),
-        (nn.Sequential(nn.Linear(8, 2)), r"'0' .* gets \(64, 1, 8, 8\)"),
-        (nn.Sequential(nn.Flatten()), "no linear or convolution layer"),
-        (nn.Sequential(nn.Flatten(), fake_quantized(nn.Linear(64, 2))), "'1' is FakeQuantLinear already"),
-    ],
-)
+@pytest.mark.parametrize(("model", "text"), [
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid()), r"'1' \(Sigmoid\(\)\) has no counterpart"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, ceil_mode=True)), "'1' .*ceil_mode=False"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, dilation=2)), "'1' .*dilation=1"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(0)), "'1' .*has no counterpart"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(2)), "'1' .*has no counterpart"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3, padding="same")), "layer '0': .*zero padding in numbers"),
+    (nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2)), "layer '0': .*groups=1"),
+    (nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 2, 3, padding_mode="circular")), "layer '1': .*zero padding"),
+    (nn.Sequential(nn.Linear(8, 2)), r"'0' .* gets \(64, 1, 8, 8\)"),
+    (nn.Sequential(nn.Flatten()), "no linear or convolution layer"),
+    (nn.Sequential(nn.Flatten(), fake_quantized(nn.Linear(64, 2))), "'1' is FakeQuantLinear already"),
+])  # fmt: skip
 def test_networks_without_an_integer_version(images, model, text):
     with pytest.raises(UnsupportedModel, match=text):
         integer_network(model, images)

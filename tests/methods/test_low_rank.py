@@ -10,11 +10,10 @@ from course_lib.gate import UnsupportedModel
 from course_lib.methods.low_rank import factorize, rank_for_bytes
 
 LAYERS = {
-    "linear": (lambda: nn.Linear(12, 8), (3, 5, 12)),
-    "no bias": (lambda: nn.Linear(4, 20, bias=False), (3, 4)),
+    "linear": (lambda: nn.Linear(12, 8), (3, 5, 12)), "no bias": (lambda: nn.Linear(4, 20, bias=False), (3, 4)),
     "conv": (lambda: nn.Conv2d(3, 8, 3, 2, 1, dilation=2), (2, 3, 9, 9)),
     "padded": (lambda: nn.Conv2d(2, 6, (3, 1), padding="same", padding_mode="reflect", bias=False), (2, 2, 6, 6)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -75,21 +74,18 @@ def tied():
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "rank", "error", "text"),
-    [
-        (lambda: nn.Linear(4, 3), 4, ValueError, r"rank of a weight \(3, 4\) must be an integer from 1 to 3, got 4"),
-        (lambda: nn.Linear(4, 3), 0, ValueError, "got 0"),
-        (lambda: nn.Linear(4, 3), 1.5, TypeError, "must be an integer"),
-        (lambda: nn.Conv2d(4, 4, 1, groups=2), 1, UnsupportedModel, "without groups"),
-        (lambda: Masked(4, 4), 1, UnsupportedModel, "forward of its own"),
-        (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(2, 2)), 1, UnsupportedModel, "'0.weight' would stay"),
-        (tied, 1, UnsupportedModel, "its weight is shared"),
-        (lambda: nn.Sequential(nn.Linear(4, 3)), {"1": 1}, ValueError, r"no linear or convolution layer .*\['1'\]"),
-        (lambda: torch_prune.identity(nn.Linear(4, 3), "weight"), 1, UnsupportedModel, "no plain parameter"),
-        (lambda: nn.Linear(4, 3).apply(lambda m: m.weight.data.fill_(float("nan"))), 1, ValueError, "12 NaN"),
-    ],
-)
+@pytest.mark.parametrize(("make", "rank", "error", "text"), [
+    (lambda: nn.Linear(4, 3), 4, ValueError, r"rank of a weight \(3, 4\) must be an integer from 1 to 3, got 4"),
+    (lambda: nn.Linear(4, 3), 0, ValueError, "got 0"),
+    (lambda: nn.Linear(4, 3), 1.5, TypeError, "must be an integer"),
+    (lambda: nn.Conv2d(4, 4, 1, groups=2), 1, UnsupportedModel, "without groups"),
+    (lambda: Masked(4, 4), 1, UnsupportedModel, "forward of its own"),
+    (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(2, 2)), 1, UnsupportedModel, "'0.weight' would stay"),
+    (tied, 1, UnsupportedModel, "its weight is shared"),
+    (lambda: nn.Sequential(nn.Linear(4, 3)), {"1": 1}, ValueError, r"no linear or convolution layer .*\['1'\]"),
+    (lambda: torch_prune.identity(nn.Linear(4, 3), "weight"), 1, UnsupportedModel, "no plain parameter"),
+    (lambda: nn.Linear(4, 3).apply(lambda m: m.weight.data.fill_(float("nan"))), 1, ValueError, "12 NaN"),
+])  # fmt: skip
 def test_refused(make, rank, error, text):
     with pytest.raises(error, match=text):
         factorize(make(), rank)

@@ -52,15 +52,11 @@ def test_the_engine_computes_the_same_floats(images, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["float.onnx"]
 
 
-@pytest.mark.parametrize(
-    ("net", "shape"),
-    [
-        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()), (2, 5, 6)),
-        (nn.Sequential(nn.Conv2d(2, 3, 3)), (2, 5, 6)),
-        (nn.Sequential(nn.Conv2d(2, 4, (3, 1), groups=2, dilation=(1, 2), stride=(2, 1)), nn.ReLU()), (2, 5, 6)),
-        (nn.Sequential(nn.Linear(4, 3), nn.Flatten()), (4,)),
-    ],
-)
+@pytest.mark.parametrize(("net", "shape"), [
+    (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()), (2, 5, 6)), (nn.Sequential(nn.Conv2d(2, 3, 3)), (2, 5, 6)),
+    (nn.Sequential(nn.Conv2d(2, 4, (3, 1), groups=2, dilation=(1, 2), stride=(2, 1)), nn.ReLU()), (2, 5, 6)),
+    (nn.Sequential(nn.Linear(4, 3), nn.Flatten()), (4,)),
+])  # fmt: skip
 def test_the_file_says_as_many_outputs_as_there_are(net, shape, tmp_path):
     model, x = write_float_onnx(net, tmp_path / "float.onnx", shape), torch.randn(5, *shape)
     with torch.no_grad():
@@ -186,10 +182,9 @@ def test_what_cannot_be_written(images, tmp_path):
         with pytest.raises(UnsupportedModel, match=text):
             write_float_onnx(nn.Sequential(nn.Conv2d(1, 2, 3), module), float_file, (1, 8, 8))
     for options, text in (
-        ({"group": 24}, "group must be 16, 32, 64, 128 or 256"),
-        ({"accuracy_level": 5}, "accuracy_level"),
+        ({"group": 24}, "group must be 16, 32, 64, 128 or 256"), ({"accuracy_level": 5}, "accuracy_level"),
         ({"group": 32}, r"layer '8': group=32 does not divide the last dimension of shape \(16, 48\)"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             write_int4_onnx(net, float_file, (1, 8, 8), **options)
     assert not list(tmp_path.iterdir())

@@ -48,16 +48,12 @@ def test_a_column_out_of_range_is_refused():
         unpack_weight(bytes(data))
 
 
-@pytest.mark.parametrize(
-    ("weight", "layout", "error", "text"),
-    [
-        (torch.ones(2), "coo", ValueError, "'dense', 'bitmap', 'csr', got 'coo'"),
-        (torch.ones(2).double(), "csr", TypeError, "float32 tensor, got torch.float64"),
-        ([1.0], "csr", TypeError, "got list"),
-        (torch.tensor(1.0), "csr", ValueError, r"shape \(\)"),
-        (torch.ones(0, 3), "csr", ValueError, r"shape \(0, 3\)"),
-    ],
-)
+@pytest.mark.parametrize(("weight", "layout", "error", "text"), [
+    (torch.ones(2), "coo", ValueError, "'dense', 'bitmap', 'csr', got 'coo'"),
+    (torch.ones(2).double(), "csr", TypeError, "float32 tensor, got torch.float64"),
+    ([1.0], "csr", TypeError, "got list"), (torch.tensor(1.0), "csr", ValueError, r"shape \(\)"),
+    (torch.ones(0, 3), "csr", ValueError, r"shape \(0, 3\)"),
+])  # fmt: skip
 def test_clear_errors(weight, layout, error, text):
     with pytest.raises(error, match=text):
         pack_weight(weight, layout)

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from course_lib.gate import UnsupportedModel
-from course_lib.methods import pruning
 from course_lib.methods.surgery import CouplingError, recalibrate_batchnorm, remove_neurons
 
 
@@ -97,12 +96,10 @@ class Net(nn.Module):
 
 
 FLAT = {
-    "method": lambda x: x.flatten(1),
-    "function": lambda x: torch.flatten(x, start_dim=1),
-    "shape": lambda x: x.reshape(x.shape[0], -1),
-    "view": lambda x: x.contiguous().view(x.size(0), -1),
+    "method": lambda x: x.flatten(1), "function": lambda x: torch.flatten(x, start_dim=1),
+    "shape": lambda x: x.reshape(x.shape[0], -1), "view": lambda x: x.contiguous().view(x.size(0), -1),
     "size": lambda x: x.view((x.size()[0], -1)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flat", FLAT)
@@ -184,46 +181,29 @@ def test_the_model_and_everything_about_it_is_left_alone():
     assert all(p.grad.shape == p.shape for p in again.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(
-    "keep",
-    [
-        *(torch.tensor([1, 0, 1, 0, 0, 0]).bool(), [True, False, True, False, False, False], torch.tensor([2, 0])),
-        *((0, 2), range(0, 4, 2), np.array([0, 2], dtype=np.int32), [np.int64(0), np.int64(2)], {0, 2}),
-        np.array([True, False, True, False, False, False]),
-    ],
-)
+@pytest.mark.parametrize("keep", [
+    *(torch.tensor([1, 0, 1, 0, 0, 0]).bool(), [True, False, True, False, False, False], torch.tensor([2, 0])),
+    *((0, 2), range(0, 4, 2), np.array([0, 2], dtype=np.int32), [np.int64(0), np.int64(2)], {0, 2}),
+    np.array([True, False, True, False, False, False]),
+])  # fmt: skip
 def test_masks_and_indices_say_the_same(keep):
     model = conv_net()
     assert torch.equal(remove_neurons(model, "0", keep)[0].weight, model[0].weight[[0, 2]])
 
 
-@pytest.mark.parametrize(
-    ("layer", "keep", "error", "text"),
-    [
-        ("conv0", [0], ValueError, "no layer is called 'conv0'; the closest"),
-        ("", [0], ValueError, "is a Sequential"),
-        ("1", [0], ValueError, "'1' is a BatchNorm2d: neurons can be removed from Linear and Conv"),
-        ("0", [], ValueError, "all 6 neurons of '0' would be removed"),
-        ("0", [False] * 6, ValueError, "all 6 neurons"),
-        ("0", [True] * 5, ValueError, r"each of the 6 neurons, got shape \(5,\)"),
-        ("0", [True], ValueError, r"each of the 6 neurons, got shape \(1,\)"),
-        ("0", [1, 0, 1, 0, 1, 1], ValueError, "6 given, 2 distinct .*dtype bool"),
-        ("0", [0, 6], ValueError, r"outside \[0, 6\): \[6\]"),
-        ("0", [-1, 5], ValueError, r"outside \[0, 6\): \[-1\]"),
-        ("0", [0.5], TypeError, "dtype torch.float32"),
-        ("0", [[0, 1]], ValueError, "one dimension"),
-    ],
-)
+@pytest.mark.parametrize(("layer", "keep", "error", "text"), [
+    ("conv0", [0], ValueError, "no layer is called 'conv0'; the closest"), ("", [0], ValueError, "is a Sequential"),
+    ("1", [0], ValueError, "'1' is a BatchNorm2d: neurons can be removed from Linear and Conv"),
+    ("0", [], ValueError, "all 6 neurons of '0' would be removed"), ("0", [False] * 6, ValueError, "all 6 neurons"),
+    ("0", [True] * 5, ValueError, r"each of the 6 neurons, got shape \(5,\)"),
+    ("0", [True], ValueError, r"each of the 6 neurons, got shape \(1,\)"),
+    ("0", [1, 0, 1, 0, 1, 1], ValueError, "6 given, 2 distinct .*dtype bool"),
+    ("0", [0, 6], ValueError, r"outside \[0, 6\): \[6\]"), ("0", [-1, 5], ValueError, r"outside \[0, 6\): \[-1\]"),
+    ("0", [0.5], TypeError, "dtype torch.float32"), ("0", [[0, 1]], ValueError, "one dimension"),
+])  # fmt: skip
 def test_bad_arguments(layer, keep, error, text):
     with pytest.raises(error, match=text):
         remove_neurons(conv_net(), layer, keep)
-
-
-def test_no_module_and_no_layer():
-    with pytest.raises(TypeError, match="got list"):
-        remove_neurons([1], "0", [0])
-    with pytest.raises(ValueError, match="no Linear or Conv layer"):
-        remove_neurons(nn.Sequential(nn.ReLU()), "fc", [0])
 
 
 def conv(i, o, **options):
@@ -369,11 +349,6 @@ def test_a_norm_of_features_behind_a_flatten_is_cut():
     torch.testing.assert_close(remove_neurons(model, "a", [3])(x), masked_outputs(model, "gate", [3], x))
 
 
-def test_pruning_hands_out_surgery():
-    assert pruning.remove_neurons is remove_neurons
-    assert pruning.CouplingError is CouplingError
-
-
 # --- BatchNorm after surgery -----------------------------------------------------------------------------------------
 
 
@@ -403,16 +378,13 @@ class Frozen(nn.BatchNorm1d):
         return self.eval() and super().forward(x)
 
 
-@pytest.mark.parametrize(
-    ("model", "images", "error", "text"),
-    [
-        (nn.Linear(2, 2), torch.rand(3, 2), UnsupportedModel, "no BatchNorm"),
-        (nn.BatchNorm1d(2, track_running_stats=False), torch.rand(3, 2), UnsupportedModel, "no BatchNorm"),
-        (chain(Frozen(2)), torch.rand(3, 2), UnsupportedModel, "0 saw nothing or stays in eval mode"),
-        (nn.BatchNorm1d(2), torch.tensor([[1.0, float("nan")]] * 2), ValueError, "images has 2 NaN"),
-        (nn.BatchNorm1d(2), torch.rand(1, 2), ValueError, "more than 1 value"),
-    ],
-)
+@pytest.mark.parametrize(("model", "images", "error", "text"), [
+    (nn.Linear(2, 2), torch.rand(3, 2), UnsupportedModel, "no BatchNorm"),
+    (nn.BatchNorm1d(2, track_running_stats=False), torch.rand(3, 2), UnsupportedModel, "no BatchNorm"),
+    (chain(Frozen(2)), torch.rand(3, 2), UnsupportedModel, "0 saw nothing or stays in eval mode"),
+    (nn.BatchNorm1d(2), torch.tensor([[1.0, float("nan")]] * 2), ValueError, "images has 2 NaN"),
+    (nn.BatchNorm1d(2), torch.rand(1, 2), ValueError, "more than 1 value"),
+])  # fmt: skip
 def test_recalibration_refused(model, images, error, text):
     with pytest.raises(error, match=text):
         recalibrate_batchnorm(model, images)
