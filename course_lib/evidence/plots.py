@@ -49,8 +49,9 @@ def show(figure, *, alt: str) -> None:
     figure.savefig(buffer, format="png", facecolor="white")
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
+    # Of a folded output JupyterLab shows the first line as text.
     image = f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
-    display({"text/html": image, "text/plain": alt}, raw=True)
+    display({"text/html": f"<!-- a picture: open it -->\n{image}", "text/plain": alt}, raw=True)
 
 
 def plot_scores(scores: Mapping[str, Sequence[float]], *, xlabel: str = "test accuracy (%)", alt: str, title: str = ""):

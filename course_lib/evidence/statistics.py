@@ -69,6 +69,9 @@ class Interval:
     def __str__(self) -> str:
         return format(self)
 
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(str(self))  # what a cell that ends in an interval shows
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -95,6 +98,9 @@ class Verdict:
     def measured(self) -> str:
         """The intervals in words, such as ``"35.1 ± 5.5 points"``."""
         return ", ".join(str(interval) for interval, _, _ in self.parts)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(str(self))
 
     def __str__(self) -> str:
         return f"{self.status}: " + ", ".join(f"{i} {relation} {bound:g}" for i, relation, bound in self.parts)

@@ -33,6 +33,7 @@ def test_a_picture_carries_its_text_into_the_page(ax, shown):
     plots.show(ax.figure, alt='One line "A" falls & another rises.')
     (bundle,) = shown
     head, data = bundle["text/html"].split("base64,")
+    assert head.splitlines()[0] == "<!-- a picture: open it -->"
     assert 'alt="One line &quot;A&quot; falls &amp; another rises."' in head
     assert base64.b64decode(data.removesuffix('">')).startswith(b"\x89PNG")
     assert bundle["text/plain"] == 'One line "A" falls & another rises.'

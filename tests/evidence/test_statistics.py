@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from scipy import stats
 
 from course_lib.evidence.statistics import (
@@ -112,6 +113,11 @@ def test_a_verdict_knows_what_was_measured():
     both = (difference([3.0, 4.0, 5.0], [2.0, 3.0, 4.5]) > 0) & (exactly(3.96, "×") > 3)
     assert both.measured == "0.8 ± 0.7 points, 3.96×"
     assert str(both) == "held: 0.8 ± 0.7 points > 0, 3.96× > 3"
+
+
+def test_a_cell_that_ends_in_an_interval_shows_it_in_words():
+    plain = DisplayFormatter().format(exactly(3.96, "×"))[0]["text/plain"]
+    assert (plain, DisplayFormatter().format(exactly(3.96, "×") > 3)[0]["text/plain"]) == ("3.96×", "held: 3.96× > 3")
 
 
 def test_the_short_names_are_the_intervals():
