@@ -71,20 +71,18 @@ class UnsupportedModel(ValueError):
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode inside the block; afterwards every submodule is back in the mode that it had.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
-    >>> with eval_mode(model):
-    ...     print(model[0].training)
+    >>> with eval_mode(nn.Dropout()) as model: print(model.training)
     False
-    >>> [module.training for module in model]
-    [True, False]
+    >>> model.training
+    True
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     try:
-        for module, _ in modes:
+        for module in modes:
             module.training = False
         yield model
     finally:
-        for module, mode in modes:
+        for module, mode in modes.items():
             module.training = mode
 
 

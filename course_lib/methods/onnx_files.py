@@ -36,8 +36,8 @@ class Graph:
         self.constants: dict[str, np.ndarray] = {}
         self.tip = "images"
 
-    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        self.constants[name] = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    def constant(self, name: str, value: Tensor) -> str:
+        self.constants[name] = value.detach().cpu().numpy()
         return name
 
     def add(self, kind: str, name: str, *inputs: str, **attributes) -> None:

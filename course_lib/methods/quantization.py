@@ -20,8 +20,7 @@ __all__ = [
     "quantize", "signal_to_noise", "straight_through",
 ]  # fmt: skip
 
-# A smaller scale would have an infinite inverse in float32.
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a smaller one would have an infinite inverse in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +74,14 @@ class QuantParams:
 
     def shaped_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against ``x``; ValueError if ``x`` does not fit."""
+        shape, given = tuple(self.scale.shape), tuple(x.shape)
         if self.group is not None:
-            fits = x.shape == (*self.scale.shape[:-1], self.scale.shape[-1] * self.group)
+            fits = given == (*shape[:-1], shape[-1] * self.group)
         else:
-            fits = self.axis is None or (self.axis < x.dim() and x.shape[self.axis] == self.scale.numel())
+            fits = self.axis is None or given[self.axis : self.axis + 1] == shape
         if not fits:
             along = f"along axis {self.axis}" if self.group is None else f"for groups of {self.group}"
-            shape = tuple(self.scale.shape)
-            raise ValueError(f"scales of shape {shape} {along} do not fit a tensor of shape {tuple(x.shape)}")
+            raise ValueError(f"scales of shape {shape} {along} do not fit a tensor of shape {given}")
         return tuple(spread(t, x.dim(), self.axis, self.group) for t in (self.scale, self.zero_point))
 
 
@@ -227,7 +226,7 @@ def dequantize(xq: Tensor, q: QuantParams) -> Tensor:
 def check_integers(xq: Tensor, name: str, q: QuantParams) -> Tensor:
     """``xq`` as int64, if it holds integers of the grid ``q``; a clear error otherwise."""
     if not isinstance(xq, Tensor) or xq.is_floating_point() or xq.is_complex() or xq.dtype == torch.bool:
-        kind = xq.dtype if isinstance(xq, Tensor) else type(xq).__name__
+        kind = getattr(xq, "dtype", type(xq).__name__)
         raise TypeError(f"{name} must be a tensor of integers as quantize() returns it, got {kind}")
     low, high = (int(end) for end in xq.aminmax()) if xq.numel() else (q.qmin, q.qmax)
     if low < q.qmin or high > q.qmax:

@@ -29,16 +29,13 @@ __all__ = [
 ]  # fmt: skip
 
 METHODS = ("minmax", "percentile", "mse")
-
-# The search looks at no more values than this: an even sample of them gives the same range to a percent.
-MOST_SAMPLES = 1 << 15
+MOST_SAMPLES = 1 << 15  # that the search looks at: an even sample gives the same range to a percent
 
 
 class MadeWeight:
     """Mixin before ``nn.Linear`` or ``nn.Conv2d``: computes with a weight that ``made_weight()`` makes."""
 
     def made_input(self, x: Tensor) -> Tensor:
-        """What the layer does to its input first; nothing by default."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,24 +90,20 @@ def fake_quantized(
     """A copy of ``model`` whose linear and convolution layers compute with numbers on a grid.
 
     As it stands that is post-training quantization; trained further it is quantization-aware training. Biases stay
-    float. :func:`plain` gives ordinary layers with the quantized weights. Layers that share a weight go on sharing it.
+    float, tied layers stay tied. :func:`plain` gives ordinary layers with the quantized weights.
 
     Args:
-        weight_bits: 2 to 8, symmetric; or by layer name (mixed precision): layers that are not named stay in float.
-        activation_bits: 2 to 8, asymmetric, or ``None`` to leave the inputs of the layers in float.
-        calibration: images ``[N, ...]`` on which the inputs' ranges are recorded; needed with ``activation_bits``.
-        method: how the ranges are chosen, see :func:`calibrate`.
-        per_channel: one weight scale for each output channel instead of one for the tensor.
-        group: instead, one scale for each ``group`` consecutive weights of an output; it has to divide their number.
-        skip: names of layers to leave in float.
+        weight_bits: 2 to 8, symmetric; or by layer name (mixed precision): others, and those in ``skip``, stay float.
+        activation_bits: 2 to 8, asymmetric, or ``None``: the layers' inputs stay float. Their ranges are chosen on the
+            images ``calibration`` [N, ...] by a ``method`` of :func:`calibrate`.
+        per_channel: a weight scale for each output channel; or one for each ``group`` consecutive weights of an output.
 
     Raises:
         UnsupportedModel: see :func:`~course_lib.gate.replace_layers`; a layer that the calibration images do not reach;
             tied layers with different bits. ValueError: bits, names, group or calibration data that do not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> quantized = fake_quantized(model, weight_bits={"0": 2, "2": 8})
-    >>> quantized[0].made_weight().unique().numel() <= 3 * 3
+    >>> fake_quantized(model, weight_bits={"0": 2, "2": 8})[0].made_weight().unique().numel() <= 3 * 3
     True
     """
     bits, skip = bits_by_layer(model, weight_bits, "weight_bits", 2, skip)

@@ -1,5 +1,7 @@
 """ONNX files: what ONNX Runtime computes from them, their structure, and what is refused."""
 
+from collections import OrderedDict
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -67,14 +69,8 @@ def test_the_file_says_as_many_outputs_as_there_are(net, shape, tmp_path):
 
 
 def test_a_layer_called_as_the_output(tmp_path):
-    net = nn.Sequential()
-    for name, layer in {
-        "images": nn.Flatten(),
-        "fc": nn.Linear(4, 3),
-        "relu": nn.ReLU(),
-        "logits": nn.Linear(3, 2),
-    }.items():
-        net.add_module(name, layer)
+    layers = {"images": nn.Flatten(), "fc": nn.Linear(4, 3), "relu": nn.ReLU(), "logits": nn.Linear(3, 2)}
+    net = nn.Sequential(OrderedDict(layers))
     x = torch.randn(16, 1, 2, 2)
     for model in (
         write_float_onnx(net, tmp_path / "float.onnx", (1, 2, 2)),

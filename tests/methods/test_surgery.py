@@ -292,6 +292,7 @@ COUPLED = {
     ),
     "somebody's relu": (lambda: ab(lambda s, x: s.b(relu(s.a(x)))), "a", r"forward calls .*test_surgery.relu"),
     "a subclass": (lambda: chain(LIN(4, 4), Swish(), LIN(4, 2)), "0", "forward calls mean"),
+    "a namesake": (lambda: chain(LIN(4, 4), type("Tanh", (Swish,), {})(), LIN(4, 2)), "0", "forward calls mean"),
     "a forward of its own": (own_instance, "0", "'1' has a forward of its own"),
     "transposed reader": (lambda: chain(conv(1, 4), nn.ConvTranspose2d(4, 2, 2)), "0", "'1' is a ConvTranspose2d"),
     "fixed view": (
