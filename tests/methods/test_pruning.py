@@ -136,6 +136,8 @@ def test_scores_by_function_and_by_dict():
     for score in (scores, lambda name, w: scores[name], whole):
         masks = P.make_masks(weights, 0.7, score=score)
         assert torch.equal(torch.cat([m.flatten() for m in masks.values()]), expected)
+    endless = {"w": torch.tensor([INF, 1.0, -INF, 2.0])}
+    assert P.make_masks({"w": torch.ones(4)}, 0.5, score=endless)["w"].tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("scope", P.SCOPES)
