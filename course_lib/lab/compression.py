@@ -74,10 +74,13 @@ class Recipe:
 def prune_gradually(models: Models, data, seeds: Sequence[int], recipe: Recipe, **options) -> Models:
     """P: remove the smallest weights while training, then train what is left. Zeros are exact, networks stay dense."""
     steps = recipe.prune.steps(_images_each(data))
-    gradual = GradualPruning(models[0], recipe.sparsity, steps, every=max(1, steps // 20), scope=recipe.scope)
+    often = {"every": max(1, steps // 20), "scope": recipe.scope}
+    cut = GradualPruning(models[0], recipe.sparsity, steps, **often)
     first = {**options, "best_on": None}  # an epoch before the last has too many weights
-    pruned = train_many(models, data, seeds, config=recipe.prune, after_step=gradual, **first)
-    return train_many(pruned, data, seeds, config=recipe.settle, after_step=keep_masks(gradual.masks), **options)
+    first |= {"config": recipe.prune, "after_step": cut}
+    pruned = train_many(models, data, seeds, **first)
+    options |= {"config": recipe.settle, "after_step": keep_masks(cut.masks)}
+    return train_many(pruned, data, seeds, **options)
 
 
 def share_values(models: Models, data, seeds: Sequence[int], recipe: Recipe, **options) -> Models:
@@ -191,7 +194,7 @@ class Bench:
         data, seeds: as of a lesson.
         net: the dense network, a name of ``MODELS`` or ``make_model(seed)``.
         teacher: what students learn from, a name of ``MODELS``.
-        recipe: of Deep Compression; also how long other families train after they were cut or rounded (``settle``).
+        recipe: of Deep Compression; and how long other families train after they were cut or rounded.
         folder: where trained networks are kept; ``None``: the user's cache.
     """
 
@@ -301,9 +304,15 @@ def _on_grid(models: Models) -> Models:
     return models
 
 
+def _recover(bench: Bench, models: Models, **options) -> Models:
+    """Trained on for as many epochs as pruning and settling take together, so that no family is trained less."""
+    lr = options.pop("lr", bench.recipe.settle.lr)
+    config = replace(bench.recipe.settle, epochs=bench.recipe.prune.epochs + bench.recipe.settle.epochs, lr=lr)
+    return bench.train(models, config=config, **options)
+
+
 def _qat(bench: Bench, models: Models, bits: int | Sequence[int], **options) -> Models:
-    settle = replace(bench.recipe.settle, lr=1e-3)
-    return _on_grid(bench.train(bench.quantized(models, bits), config=settle, **options))
+    return _on_grid(_recover(bench, bench.quantized(models, bits), lr=1e-3, **options))
 
 
 def _student(bench: Bench, name: str, taught: bool) -> Models:
@@ -323,10 +332,8 @@ FAMILIES: dict[str, Callable[[Bench, object], Models]] = {
     "dense, as long": lambda b, _: b.stage(train_as_long, b.networks("dense")),
     "teacher": lambda b, _: b.train(b.build(b.teacher), epochs=4),
     "pruned": lambda b, sparsity: b.stage(prune_gradually, b.networks("dense"), sparsity=sparsity),
-    "neurons removed": lambda b, share: b.train(
-        [_narrow(m, share) for m in b.networks("dense")], config=b.recipe.settle
-    ),
-    "low rank": lambda b, rank: b.train([factorize(m, rank) for m in b.networks("dense")], config=b.recipe.settle),
+    "neurons removed": lambda b, share: _recover(b, [_narrow(m, share) for m in b.networks("dense")]),
+    "low rank": lambda b, rank: _recover(b, [factorize(m, rank) for m in b.networks("dense")]),
     "int8": lambda b, _: _on_grid(b.quantized(b.networks("dense"), 8)),
     "bits in groups": lambda b, bits: _on_grid([_in_groups(m, bits) for m in b.networks("dense")]),
     "low-bit training": lambda b, bits: _qat(b, b.networks("dense"), bits),

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "course_lib").rglob("*.py"))
-MOST_LINES, MOST_FILES = 6_500, 45  # raising one takes a reason, written here
+# The aim is 6,500 lines in 45 files. What stands above it: refusals that models of readers need (gate, surgery, files),
+# and practice with its named wrong answers (1,700 lines). These numbers may fall; raising them takes a reason, here.
+MOST_LINES, MOST_FILES = 10_700, 51
 HEAVY = ("pandas", "sklearn", "scipy", "torchvision", "onnx", "onnxruntime", "matplotlib", "papermill")
 FORBIDDEN = {
     "files.py": {"methods", "evidence", "lab", "classroom", "gate"},
