@@ -13,7 +13,17 @@ from course_lib.files import cache_folder, write_file
 
 __all__ = ["ANSWERS", "ask", "brier", "keep", "kept", "own_calibration"]
 
-ANSWERS: dict[str, str] = {}
+_RIGHT = """
+    00-1 b
+    01.2-1 b, 01.2-2 c, 01.2-3 b
+    02.1-1 d, 02.1-2 a, 02.2-1 d, 02.3-1 d, 02.3-2 b, 02.4-1 a, 02.4-2 c, 02.5-1 c, 02.5-2 c
+    03.1-1 d, 03.1-2 a, 03.1-3 b, 03.2-1 a, 03.2-2 c, 03.2-3 b, 03.3-1 b, 03.3-2 c, 03.4-1 a, 03.4-2 d
+    03.5-1 c, 03.5-2 b
+    04.1-1 a, 04.1-2 b, 04.2-1 c, 04.2-2 a, 04.3-1 b, 04.3-2 d, 04.4-1 a
+    05.1-1 c, 05.2-1 a, 05.2-2 b, 05.3-1 c, 05.4-1 d
+    06.1-1 d, 06.1-2 c, 06.2-1 a, 06.2-2 b, 06.3-1 b, 06.3-2 b, 06.4-1 b
+"""
+ANSWERS = dict(entry.split() for entry in _RIGHT.replace("\n", ",").split(",") if entry.strip())
 """Question -> the option that was measured; a test holds it against the lessons' folded answers."""
 
 FEWEST = 5

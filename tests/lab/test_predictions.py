@@ -1,0 +1,73 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from course_lib.lab import predictions
+from course_lib.lab.predictions import ANSWERS, brier, keep, kept, own_calibration
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+def test_every_box_stands_under_its_question_and_knows_the_folded_answer():
+    asked = {}
+    for path in [NOTEBOOKS / "00_start_here.ipynb", *NOTEBOOKS.glob("0*/[1-9]_*.ipynb")]:
+        cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        for i, cell in enumerate(cells):
+            if box := re.match(r'lesson\.predict\("([\d.]+-\d)", "([a-e]+)"\)', cell):
+                question = cells[i - 1][cells[i - 1].index("**Predict first.**") :]
+                assert list(box[2]) == list(dict.fromkeys(re.findall(r"\(([a-e])\)", question))), box[1]
+                answer = re.search(r"<summary>Answer</summary>\s*\(([a-e])\)", "\n".join(cells[i:]))
+                asked[box[1]] = answer[1]
+    assert asked == ANSWERS
+    assert set(ANSWERS.values()) == set("abcd")
+
+
+def test_answers_are_kept_and_the_last_one_counts(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "not there yet"))
+    assert kept() == {}
+    first, second = list(ANSWERS)[:2]
+    keep(first, "a", 0.6)
+    keep(second, "b", 0.9)
+    keep(first, ANSWERS[first], 0.75)
+    assert kept() == {first: (ANSWERS[first], 0.75), second: ("b", 0.9)}
+    (tmp_path / "not there yet/predictions/mine.json").write_text("[broken")
+    assert kept() == {}
+
+
+def test_the_brier_score_is_the_mean_squared_distance():
+    first, second = list(ANSWERS)[:2]
+    assert brier({first: (ANSWERS[first], 0.8), second: ("x", 0.5)}) == pytest.approx((0.2**2 + 0.5**2) / 2)
+
+
+def test_the_diagram_waits_for_enough_answers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+    bundles = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw=False: bundles.append(data))
+    own_calibration()
+    assert capsys.readouterr().out == f"0 of {len(ANSWERS)} predictions kept so far; the diagram needs 5.\n"
+    for question in list(ANSWERS)[:5]:
+        keep(question, ANSWERS[question], 0.7)
+    own_calibration()
+    assert capsys.readouterr().out == "5 predictions, 100% right at 70% sure; Brier score 0.09\n"
+    assert "Your own reliability diagram" in bundles[0]["text/html"]
+
+
+def test_a_box_is_shown_to_a_person_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_UNATTENDED", "1")
+    predictions.ask("02.1-1", "abcd")
+    assert shown == []
+    monkeypatch.delenv("COURSE_UNATTENDED")
+    monkeypatch.delenv("CI", raising=False)
+    predictions.ask("02.1-1", "abcd")
+    option, sure, button, said = shown[0].children
+    option.value, sure.value = "d", 80
+    button.click()
+    assert kept() == {"02.1-1": ("d", 0.8)}
+    assert said.value == "kept: d, 80 % sure"
+    with pytest.raises(KeyError):
+        predictions.ask("99.9-1")
