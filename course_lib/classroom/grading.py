@@ -23,13 +23,13 @@ from pathlib import Path
 
 from course_lib.classroom.answers import judge
 from course_lib.classroom.lessons import CourseError, notebooks_folder, read_notebook
-from course_lib.classroom.practice import TASKS
+from course_lib.classroom.tasks_losses import TASKS
 from course_lib.files import write_file
 
 __all__ = ["grade"]
 
 COLUMNS = ("file", "name", "task", "points", "of", "hint", "sha256")
-PRELOADED = ("course_lib.classroom.grading", "course_lib.lab", "course_lib.evidence", "scipy.stats")
+PRELOADED = ("course_lib.classroom.grading", "course_lib.classroom.practice", "course_lib.lab", "scipy.stats")
 CASES = 20_240  # every submission meets the same cases
 
 
@@ -248,10 +248,11 @@ def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
             continue
         tell(step=f"cell of {step}")
         try:
-            tree = ast.parse(source)
-            if not task:
-                tree.body = [node for node in tree.body if _is_plain(node)]
-            exec(compile(tree, step, "exec"), space)
+            for node in ast.parse(source).body:
+                if task or _is_plain(node):
+                    # A package that is missing here costs what needs it, not the imports below it.
+                    with contextlib.nullcontext() if task else contextlib.suppress(ImportError):
+                        exec(compile(ast.Module([node], []), step, "exec"), space)
         except (Exception, SystemExit) as error:
             errors[task] = f"its cell raised {type(error).__name__}: {error}"
         if task and callable(space.get(task)):
@@ -274,9 +275,9 @@ def _seal() -> dict:
     import numpy
     import torch
 
-    from course_lib.classroom import answers, practice, tasks_losses, tasks_sizes
+    from course_lib.classroom import answers, tasks_losses, tasks_sizes
 
-    owners = (answers, practice, tasks_losses, tasks_sizes, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
+    owners = (answers, tasks_losses, tasks_sizes, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
     found = {(str(o), key): (id(v), id(getattr(v, "__code__", v))) for o in owners for key, v in list(vars(o).items())}
     return found | {task: (id(it), id(it.answer), id(it.cases), it.says) for task, it in TASKS.items()}
 

@@ -16,15 +16,10 @@ import nbformat
 
 from course_lib.classroom.answers import Result, judge
 from course_lib.classroom.lessons import CourseError, notebooks_folder
-from course_lib.classroom.tasks_losses import TASKS as LATER
-from course_lib.classroom.tasks_losses import dense_networks
-from course_lib.classroom.tasks_sizes import TASKS as EARLIER
+from course_lib.classroom.tasks_losses import TASKS, dense_networks
 from course_lib.files import write_file
 
 __all__ = ["TASKS", "check", "dense_networks", "generate", "main", "student_version"]
-
-TASKS = EARLIER | LATER
-"""Every task by its name, in the course's order."""
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 

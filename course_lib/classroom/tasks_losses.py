@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from course_lib.classroom.answers import Task, with_gradient
+from course_lib.classroom.tasks_sizes import TASKS as EARLIER
 from course_lib.classroom.tasks_sizes import draw
 from course_lib.files import cache_folder, write_file
 
@@ -407,5 +408,5 @@ _CHAPTER_06 = [
     Task("compress_to", lambda model, train, val: model, "a network", "", judged=_judge_compressed),
 ]  # fmt: skip
 
-TASKS = {task.name: task for task in _CHAPTER_04 + _CHAPTER_05 + _CHAPTER_06}
-"""By name, in the course's order."""
+TASKS = EARLIER | {task.name: task for task in _CHAPTER_04 + _CHAPTER_05 + _CHAPTER_06}
+"""Every task of the course by its name, in order."""

@@ -464,4 +464,4 @@ _CHAPTER_03 = [
 ]  # fmt: skip
 
 TASKS = {task.name: task for task in _CHAPTER_01 + _CHAPTER_02 + _CHAPTER_03}
-"""By name, in the course's order."""
+"""By name; :mod:`tasks_losses` has those of all chapters."""

@@ -33,7 +33,10 @@ def notebook(name=None):
         if cell.id == "count_macs_linear" and name in EDITS:
             cell.source = EDITS[name]
     if name == "helper":
-        cells = ["import time\ntime.sleep(99)", "def dot(w):\n    return sum(a * b for a, b in zip(w, w[1:]))"]
+        cells = [
+            "import no_such_package\nimport time\ntime.sleep(99)",
+            "def dot(w):\n    return sum(a * b for a, b in zip(w, w[1:]))",
+        ]
         made.cells[1:1] = [nbformat.v4.new_code_cell(source) for source in cells]
     return made
 
