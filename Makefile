@@ -62,12 +62,12 @@ lab: setup  ## open JupyterLab on the first lesson
 practice: setup  ## make the practice notebooks anew from their solutions
 	@$(PY) -m course_lib practice generate
 
-# nbval: every lesson once more in a kernel of its own; what does not depend on the machine is compared.
+# nbval: every lesson and every solution once more in a kernel of its own; what does not depend on the machine is compared.
 test: setup-dev lint  ## ruff, then pytest with coverage on tests/, then nbval on the lessons
 	@mkdir -p build && rm -f build/test-*.xml
 	@$(PY) -m pytest tests -n 2 --dist loadfile --cov --cov-report=term --junitxml=build/test-library.xml
 	@lessons="$$($(PY) -m course_lib list --paths)" && OMP_NUM_THREADS=1 COURSE_UNATTENDED=1 $(PY) -m pytest -p no:cacheprovider \
-	  --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile --junitxml=build/test-lessons.xml $$lessons
+	  --nbval-lax --nbval-cell-timeout 300 --nbval-current-env -n 2 --dist loadfile --junitxml=build/test-lessons.xml $$lessons notebooks/solutions/*.ipynb
 	@$(PY) tests/say_what_ran.py
 
 lint: setup-dev  ## check style and formatting with ruff
