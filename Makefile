@@ -9,6 +9,7 @@ SEEDS    ?= 0 1 2 3 4
 JOBS     ?= 1
 RUN_FLAGS ?=
 LAB_FLAGS ?=
+FILES    ?=
 # Where torch and torchvision come from, if not from where the other packages do; remembered in the environment.
 TORCH_INDEX ?= $(shell cat $(VENV)/torch-index 2>/dev/null)
 
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 OF_TORCH := ^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev course lab practice test lint format notebooks readme replicate bench lock clean
+.PHONY: help setup setup-dev course lab fresh practice test lint format notebooks readme replicate bench lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,8 +57,11 @@ setup-dev: setup
 course: setup  ## execute the lessons; CHAPTERS="02 05.1" DATASET=mnist PROFILE=full JOBS=2 SEED=1 narrow or widen it
 	@$(PY) -m course_lib run $(CHAPTERS) --dataset $(DATASET) --profile $(PROFILE) --seed $(SEED) --jobs $(JOBS) $(RUN_FLAGS)
 
-lab: setup  ## open JupyterLab on the first lesson
-	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_FLAGS)
+lab: setup  ## open JupyterLab on work/, your own copy of the lessons; LAB_FLAGS="--no-browser --port 9000" goes to JupyterLab
+	@$(PY) -m course_lib lab $(LAB_FLAGS)
+
+fresh: setup  ## bring notebooks of work/ back, such as FILES="02.1 02_pruning/practice"; asks, and keeps yours beside them
+	@$(PY) -m course_lib fresh $(FILES)
 
 practice: setup  ## make the practice notebooks anew from their solutions
 	@$(PY) -m course_lib practice generate

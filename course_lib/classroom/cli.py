@@ -1,4 +1,4 @@
-"""The command line: ``python -m course_lib list | run | claims | practice | doctor | bench | readme | replicate``."""
+"""The command line: ``python -m course_lib lab | fresh | list | run | claims | practice | doctor | ...``."""
 
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(argv)
         if options.command is None:
             parser.print_help()
-        elif rest and options.command != "practice":
+        elif rest and options.command not in ("practice", "lab"):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as leaving:
         return int(leaving.code or 0)
@@ -66,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--notebooks", type=Path, metavar="DIR", default=notebooks_folder(), help="the lessons")
         return made
 
+    lab = command("lab", _lab, "open JupyterLab on a copy of the lessons; all other options are JupyterLab's own")
+    action = _elsewhere("workcopy", "bring_back", "notebooks", "work", "words", "yes")
+    fresh = command("fresh", action, "bring single notebooks of that copy back; yours are kept under another name")
+    fresh.add_argument("words", nargs="*", metavar="NOTEBOOK", help="02, 02.4, holding_the_zeros, 02_pruning/practice")
+    fresh.add_argument("--yes", action="store_true", help="do not ask first")
+    for made in (lab, fresh):
+        made.allow_abbrev = False  # or JupyterLab's --no-... would be taken for --notebooks
+        work = notebooks_folder().with_name("work")
+        made.add_argument("--work", type=Path, metavar="DIR", default=work, help="the copy (work/, beside the lessons)")
     listing = command("list", _list, "the lessons: article sections, reading and run time")
     listing.add_argument("--paths", action="store_true", help="only their paths")
     run = command("run", _run, "execute lessons and count their claims; exit code 1 if one fails", epilog=EXAMPLE)
@@ -158,6 +167,12 @@ def _elsewhere(module: str, function: str, *names: str) -> Callable:
         return found(**{name: getattr(options, name) for name in names}) if names else found(rest)
 
     return action
+
+
+def _lab(options, rest) -> int:
+    from course_lib.classroom.workcopy import open_lab
+
+    return open_lab(options.notebooks, options.work, rest)
 
 
 def _bench(options, rest) -> int:
