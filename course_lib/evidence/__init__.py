@@ -2,9 +2,8 @@
 
 from course_lib.evidence.claims import Ledger
 from course_lib.evidence.measure import compare_latency, count_macs, count_parameters, sparsity, stored_bytes
-from course_lib.evidence.plots import COLORS, band, heat_map, plot_curves, plot_scores, show
-from course_lib.evidence.statistics import Interval, difference, exactly, mean, ratio
-from course_lib.evidence.tables import compare, show_source
+from course_lib.evidence.plots import COLORS, band, heat_map, plot_curves, plot_scores, show, show_source
+from course_lib.evidence.statistics import Interval, compare, difference, exactly, mean, ratio
 
 __all__ = ["COLORS", "Interval", "Ledger", "band", "compare", "compare_latency", "count_macs", "count_parameters"]
 __all__ += ["difference", "exactly", "heat_map", "mean", "plot_curves", "plot_scores", "ratio", "show", "show_source"]

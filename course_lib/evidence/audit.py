@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from course_lib.evidence.statistics import Interval, difference
 from course_lib.gate import eval_mode
 
-__all__ = ["ClassChange", "Exemplars", "churn", "class_changes", "class_recall", "find_exemplars"]
-__all__ += ["map_agreement", "noise_curve", "occlusion_map"]
+__all__ = ["Exemplars", "churn", "class_recall", "find_exemplars", "map_agreement", "noise_curve", "occlusion_map"]
 
 
 def class_recall(answers: Tensor, labels: Tensor) -> np.ndarray:
@@ -30,57 +28,6 @@ def class_recall(answers: Tensor, labels: Tensor) -> np.ndarray:
     right, classes = answers == labels, range(int(labels.max()) + 1)
     shares = [torch.where(labels == k, right.double(), torch.nan).nanmean(dim=1) for k in classes]
     return 100 * torch.stack(shares, dim=1).numpy()
-
-
-@dataclass(frozen=True)
-class ClassChange:
-    """What compression did to one class: mean recall ``before`` and ``after`` in percent, and what it changed.
-
-    ``change`` is after − before, replica by replica; ``relative`` is that minus the change over all images: below 0
-    the class lost more than the whole. ``p_value`` is of ``relative`` being 0 (paired t test), and may be compared
-    with 0.05 although all classes were looked at (Holm 1979).
-    """
-
-    index: int
-    before: float
-    after: float
-    change: Interval
-    relative: Interval
-    p_value: float
-
-
-def class_changes(before: Tensor, after: Tensor, labels: Tensor) -> list[ClassChange]:
-    """What compression changed class by class, and whether a class lost more than its share.
-
-    Row r of ``before`` and of ``after`` are the same seed. Replicas are the sample, not images: what one gets wrong,
-    the others mostly get wrong too (Hooker et al. 2019, section 3.1, there unpaired).
-
-    >>> labels = torch.tensor([0, 0, 1, 1])
-    >>> dense = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]])
-    >>> small = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    >>> [(c.change.mean, round(c.relative.mean, 1)) for c in class_changes(dense, small, labels)]
-    [(0.0, 33.3), (-66.66666666666667, -33.3)]
-    """
-    from scipy import stats
-
-    (before, after), labels = _checked(labels, before, after)
-    old, new = class_recall(before, labels), class_recall(after, labels)
-    overall = 100 * ((after == labels).double() - (before == labels).double()).mean(dim=1).numpy()
-    rows = []
-    for index in range(old.shape[1]):
-        kept = ~np.isnan(old[:, index])
-        if kept.sum() < 2:
-            raise ValueError(f"class {index} needs images in at least two replicas, it has them in {kept.sum()}")
-        one, two, total = old[kept, index], new[kept, index], overall[kept]
-        change, relative = difference(two, one), difference(two - one, total)
-        constant = np.ptp(two - one - total) < 1e-9  # t is not defined: then the sign test's p
-        p = (2.0 ** (1 - len(one)) if abs(relative.mean) > 1e-9 else 1.0) if constant else None
-        p = float(stats.ttest_1samp(two - one - total, 0.0).pvalue) if p is None else p
-        rows.append((index, float(one.mean()), float(two.mean()), change, relative, p))
-    order = np.argsort([row[-1] for row in rows], kind="stable")
-    stepped = np.maximum.accumulate([rows[i][-1] * (len(rows) - place) for place, i in enumerate(order)])
-    adjusted = dict(zip(order, np.minimum(stepped, 1.0), strict=True))
-    return [ClassChange(*row[:-1], float(adjusted[row[0]])) for row in rows]
 
 
 def churn(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
@@ -159,14 +106,9 @@ def noise_curve(models: Iterable[nn.Module], split, severities: Sequence[float],
 def occlusion_map(model: nn.Module | Callable, images: Tensor, target: Tensor, *, size=2, stride=1) -> Tensor:
     """How far the target's logit falls when a square is covered (Zeiler & Fergus 2014): no gradient is needed.
 
-    Args:
-        model: gives logits [N, K]; a module, or any function (an int8 runtime, say).
-        images: [N, C, H, W]; squares are covered with each channel's smallest value among them.
-        target: int64 [N], the class to explain for each image.
-        size, stride: of the square, in pixels; the last square of a line ends at the edge.
-
-    Returns:
-        [N, H, W], in logits: at each pixel the mean over the squares that covered it.
+    ``model``, a module or any function, gives logits [N, K] of ``images`` [N, C, H, W]; ``target``, int64 [N], is the
+    class to explain. Squares of ``size`` pixels, every ``stride`` and at the edge, are covered with each channel's
+    smallest value. Returns [N, H, W], in logits: at each pixel the mean over the squares that covered it.
     """
     (height, width), rows = images.shape[2:], torch.arange(len(images))
     if not 1 <= stride <= size <= min(height, width):

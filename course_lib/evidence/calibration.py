@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from course_lib.gate import whole_number
 
-__all__ = ["Reliability", "brier_score", "calibration_floor", "expected_calibration_error", "fit_class_bias"]
-__all__ += ["fit_temperature", "reliability"]
+__all__ = ["Reliability", "calibration_floor", "expected_calibration_error", "fit_class_bias", "fit_temperature"]
+__all__ += ["reliability"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +39,8 @@ class Reliability:
 def reliability(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
     """Sort images into bins by confidence (their largest probability), and look how often each bin is right.
 
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2.
-
-    Args:
-        probabilities: floating point [N, K], N ≥ 1, each row adding up to 1; otherwise TypeError or ValueError.
-        labels: int64 [N], from 0 to K − 1.
-        bins: number of bins of equal width, at least 1, closed on the right.
+    ``probabilities`` are floating point [N, K], N ≥ 1, each row adding up to 1, and ``labels`` int64 [N], from 0 to
+    K − 1; otherwise TypeError or ValueError. ``bins`` ≥ 1, of equal width, are closed on the right (Guo et al. 2017).
 
     >>> diagram = reliability(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), torch.tensor([0, 1]), bins=2)
     >>> diagram.count.tolist(), diagram.accuracy.tolist()
@@ -79,16 +74,6 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, bins: i
     return reliability(probabilities, labels, bins=bins).error
 
 
-def brier_score(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean squared distance between probabilities and the truth as one-hot rows, in [0, 2] (Brier 1950).
-
-    >>> brier_score(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0]))
-    0.25
-    """
-    rows = _distributions(probabilities, labels)
-    return float((rows - F.one_hot(labels, rows.shape[1])).pow(2).sum(dim=1).mean())
-
-
 def calibration_floor(probabilities: Tensor, *, bins: int = 15, draws: int = 100, seed: int = 0) -> float:
     """The mean expected calibration error that chance alone gives to these probabilities if they are exactly right.
 
@@ -112,14 +97,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     The mean negative log-likelihood is convex in 1/T, so its slope has one zero, which is found by bisection in
     float64: no starting point, no learning rate, the same answer every time (Guo et al. 2017, section 4.2).
 
-    Args:
-        logits: floating point [N, K], N ≥ 1, finite; a *validation* set's.
-        labels: int64 [N], from 0 to K − 1.
-
-    Returns:
-        T > 0; above 1 the model was overconfident. The search spans a factor of 10,000 either side of the logits' own
-        spread; where the likelihood has no maximum the edge comes back: the lower one if every label has the largest
-        logit, the upper one if the logits are worse than a guess. Logits that are all equal give 1.
+    ``logits`` are a *validation* set's, floating point [N, K], N ≥ 1, finite; ``labels`` int64 [N]. Above T = 1 the
+    model was overconfident. The search spans a factor of 10,000 either side of the logits' own spread; where the
+    likelihood has no maximum an edge comes back: the lower one if every label has the largest logit, the upper one if
+    the logits are worse than a guess. Logits that are all equal give 1.
 
     >>> z = torch.tensor([[4.0, 0.0]]).expand(4, 2)
     >>> round(fit_temperature(z, torch.tensor([0, 0, 0, 1])), 4)  # 3 of 4 right: softmax(z / T) must say 0.75
@@ -146,11 +127,8 @@ def fit_class_bias(logits: Tensor, labels: Tensor, class_index: int) -> float:
 
     For a class that a student never saw: its bias has sunk, the features that tell it apart need not have. At the
     optimum the class's mean probability equals its share among the labels (after Hinton, Vinyals & Dean 2015, section
-    3, who chose the bias by errors on the test set; this does not).
-
-    Args:
-        logits: floating point [N, K], finite; a *validation* set's.
-        labels: int64 [N]; both the class ``class_index`` and others must occur, or it is a ValueError.
+    3, who chose the bias by errors on the test set; this does not). ``logits`` [N, K] and ``labels`` int64 [N] are a
+    *validation* set's; both the class ``class_index`` and others must occur, or it is a ValueError.
 
     >>> z = torch.tensor([[0.0, 0.0]]).expand(4, 2)
     >>> round(fit_class_bias(z, torch.tensor([0, 0, 0, 1]), 0), 4)  # log(3/4 : 1/4)
@@ -184,10 +162,8 @@ def _distributions(probabilities: Tensor, labels: Tensor) -> Tensor:
     rows = _rows("probabilities", probabilities, labels)
     off = (rows.sum(dim=1) - 1).abs().max().item()
     if rows.min() < 0 or off > 1e-5 + 4 * rows.shape[1] * torch.finfo(probabilities.dtype).eps:
-        least = f"a minimum of {rows.min().item():g} and a sum that is off by {off:g}"
-        raise ValueError(
-            f"probabilities must be at least 0 and add up to 1 in each row, got {least}; are these logits?"
-        )
+        found = f"a minimum of {rows.min().item():g} and a sum off by {off:g}; are these logits?"
+        raise ValueError(f"probabilities must be at least 0 and add up to 1 in each row, got {found}")
     return rows
 
 

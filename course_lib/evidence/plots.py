@@ -1,16 +1,28 @@
-"""Pictures in one style: colours that survive colour-blindness and a beamer, intervals drawn, and a text for each."""
+"""Pictures in one style: colours that survive colour-blindness and a beamer, intervals drawn, and a text for each.
 
+And the source of a function, to be read in a lesson.
+"""
+
+import ast
 import base64
 import html
+import inspect
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from course_lib.evidence.statistics import mean_interval
 
-__all__ = ["COLORS", "band", "heat_map", "plot_curves", "plot_scores", "show", "use_style"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["COLORS", "band", "draw_pareto", "heat_map", "pareto_front", "plot_curves", "plot_pareto", "plot_scores"]
+__all__ += ["show", "show_source", "use_style"]
 
 _NAMES = "blue orange green vermillion purple sky black yellow grey"
 _CODES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000 #F0E442 #7F7F7F"
@@ -87,10 +99,8 @@ def plot_curves(
 ) -> None:  # fmt: skip
     """Show one line with its 95 % band a name of ``curves`` (name -> array [R, len(x)]).
 
-    Args:
-        x: positions, and ``xscale`` their scale (``"log"``).
-        line: name -> height of a dashed line across, such as the dense network's accuracy.
-        ax: draw here and leave showing to the caller.
+    ``line``: name -> height of a dashed line across, such as the dense network's accuracy. With ``ax`` it is drawn
+    there, and showing is left to the caller.
     """
     import matplotlib.pyplot as plt
 
@@ -131,3 +141,111 @@ def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) 
     ax.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
     ax.set_yticks(range(len(rows)), [f"{r:g}" if isinstance(r, float) else r for r in rows])
     ax.grid(False)
+
+
+def pareto_front(costs, gains) -> np.ndarray:
+    """Mask [P] of the points that no other point dominates.
+
+    One point dominates another if it costs no more in any cost, gains no less in any gain, and differs in at least one:
+    of exact duplicates both are on the front, or neither. ``costs`` are [P], or [P, C] for several (less is better),
+    ``gains`` [P] or [P, G] (more is better). Infinity is a value like others, NaN none.
+
+    >>> pareto_front([1, 2, 3, 3], [0.90, 0.95, 0.95, 0.99]).tolist()
+    [True, True, False, True]
+    """
+    cost, gain = (np.asarray(values, dtype=float) for values in (costs, gains))
+    if not (cost.ndim in (1, 2) and gain.ndim in (1, 2) and len(cost) == len(gain) > 0):
+        raise ValueError(f"costs and gains must be about the same points [P] or [P, C], got {cost.shape}, {gain.shape}")
+    if np.isnan(cost).any() or np.isnan(gain).any():
+        raise ValueError("costs and gains must not be NaN")
+    down = np.concatenate([cost.reshape(len(cost), -1), -gain.reshape(len(gain), -1)], axis=1)
+    no_worse = (down[:, None, :] <= down[None, :, :]).all(axis=2)
+    return ~(no_worse & ~no_worse.T).any(axis=0)
+
+
+def plot_pareto(table: "pandas.DataFrame", costs: Mapping[str, str], *, alt: str, title: str = "", **options) -> None:
+    """Show one panel a cost, the same families in each, with one legend below.
+
+    ``table`` has a row a model, with columns ``family``, ``label`` (written beside points on the front), ``score`` (an
+    array [R] each, one number a replica), and those named in ``costs``: column -> label of its axis. ``options`` are
+    ``ylabel`` and ``floor`` of :func:`draw_pareto`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs) + 2, 4.9), sharey=True, squeeze=False)
+    for ax, (cost, xlabel) in zip(axes[0], costs.items(), strict=True):
+        draw_pareto(ax, table, cost, xlabel=xlabel, **options)
+        options["ylabel"] = ""
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 1 + 2 * len(costs)))
+    figure.suptitle(title)
+    show(figure, alt=alt)
+
+
+def draw_pareto(
+    ax, table: "pandas.DataFrame", cost: str, *, xlabel: str, ylabel: str = "test accuracy (%)", floor: float = -np.inf
+) -> np.ndarray:
+    """Draw the rows of ``table`` (see :func:`plot_pareto`): cost to the right (log), score upwards, the front as steps.
+
+    A dot is a mean over replicas, its bar the 95 % interval. What another point dominates is faint. The front, whose
+    mask is returned, is that of the means: whether a step of it is more than luck, a paired difference says. Scores
+    below ``floor`` are drawn there, with an arrow and their value: one bad model does not squeeze the good ones.
+    """
+    faint, hues = 0.4, [color for name, color in COLORS.items() if name != "yellow"]
+    costs = table[cost].to_numpy(dtype=float)
+    if not (np.isfinite(costs) & (costs > 0)).all():
+        raise ValueError(f"{cost} must be finite and above 0 for a log axis, got {costs.min()} to {costs.max()}")
+    spans = [mean_interval(score) for score in table["score"]]
+    means = np.array([span.mean for span in spans])
+    front, shown = pareto_front(costs, means), np.maximum(means, floor)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.xaxis.set_minor_formatter("")  # its numbers run into each other within a decade
+    order = [i for i in np.lexsort((means, costs)) if front[i]]
+    corners = [*costs[order], costs.max() * 1.3], [*shown[order], shown[order[-1]]]
+    ax.step(*corners, where="post", color="0.35", linewidth=1.2, zorder=1.5, label="front of the means")
+    for number, family in enumerate(table["family"].unique()):
+        color = hues[number % len(hues)]
+        marker = MARKERS[(number + number // len(hues)) % len(MARKERS)]  # the ninth has the first's colour alone
+        rows = [i for i in np.argsort(costs, kind="stable") if table["family"].iloc[i] == family]
+        ax.plot(costs[rows], shown[rows], color=color, linewidth=0.8, alpha=faint)
+        ax.plot([], [], color=color, marker=marker, linewidth=0.8, label=family)
+        for i in rows:
+            alpha = 1.0 if front[i] else faint
+            ax.plot(costs[i], shown[i], marker=marker, color=color, markersize=7, alpha=alpha, zorder=3)
+            if spans[i].high > floor:
+                ax.plot([costs[i]] * 2, [max(spans[i].low, floor), spans[i].high], color=color, alpha=alpha)
+            text = [str(table["label"].iloc[i])] if front[i] else []
+            text += [f"↓ {means[i]:.0f}"] if means[i] < floor else []
+            ax.annotate(" ".join(text), (costs[i], shown[i]), (5, -9), textcoords="offset points", fontsize=8)
+    return front
+
+
+@dataclass(frozen=True)
+class Source:
+    """Python source that shows itself as a highlighted block in a notebook."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        return {"text/markdown": f"```python\n{self.text}\n```", "text/plain": self.text}
+
+
+def show_source(function: Callable) -> Source:
+    """The source of a library function without its docstring, to be read in a lesson.
+
+    >>> print(show_source(use_style).text.splitlines()[0])
+    def use_style() -> None:
+    """
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    lines = source.splitlines()
+    drop: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            drop.update(range(first.lineno, first.end_lineno + 1))
+            if len(node.body) > 1 and not lines[first.end_lineno].strip():
+                drop.add(first.end_lineno + 1)
+    return Source("\n".join(line for number, line in enumerate(lines, 1) if number not in drop))

@@ -2,13 +2,17 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partialmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-__all__ = ["Interval", "Verdict", "difference", "exactly", "mean", "mean_interval", "paired_difference"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Interval", "Verdict", "compare", "difference", "exactly", "mean", "mean_interval", "paired_difference"]
 __all__ += ["proportion_interval", "ratio", "ratio_interval"]
 
 RELATIONS = {">": operator.gt, "≥": operator.ge, "<": operator.lt, "≤": operator.le}
@@ -111,11 +115,9 @@ def mean_interval(
 ) -> Interval:
     """Interval of the mean of independent values, one a replica.
 
-    Args:
-        values: at least two finite numbers, any sequence or 1-D array; otherwise ValueError.
-        level: confidence in (0, 1).
-        method: ``"t"``, Student's interval (right for values that scatter like a bell, close enough for most others
-            from about ten on), or ``"bootstrap"``, BCa (Efron 1987), for skewed values.
+    ``values`` are at least two finite numbers, ``level`` is in (0, 1); otherwise ValueError. ``method`` is ``"t"``,
+    Student's interval (right for values that scatter like a bell, close enough for most others from about ten on), or
+    ``"bootstrap"``, BCa (Efron 1987), for skewed values.
 
     >>> interval = mean_interval([1.0, 2.0, 3.0, 4.0])
     >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
@@ -169,10 +171,8 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *
     """Fieller's interval (1954) of the ratio of two means whose values come in pairs, such as the share of a gap.
 
     The ratio r is inside where the mean of ``numerators - r * denominators`` cannot be told from 0 at ``level``. It
-    needs no division of single pairs, of which one may have next to no gap; and it need not be symmetric.
-
-    Raises:
-        ValueError: the mean of the denominators cannot be told from 0, so that any ratio fits; no pairs.
+    needs no division of single pairs, of which one may have next to no gap; and it need not be symmetric. ValueError:
+    the mean of the denominators cannot be told from 0, so that any ratio fits; no pairs.
 
     >>> interval = ratio_interval([3.0, 5.0, 4.0, 4.4], [4.0, 6.0, 5.0, 5.0])
     >>> round(interval.mean, 2), round(interval.low, 2), round(interval.high, 2)
@@ -220,6 +220,41 @@ def exactly(value: float, unit: str = "") -> Interval:
     'held: 3.96× > 3'
     """
     return Interval(float(value), float(value), float(value), unit=unit)
+
+
+def compare(
+    scores: Mapping[str, np.ndarray], against: str | None = None, *, value: str = "test accuracy (%)",
+    unit: str = "points", decimals: int = 1, covers: str = "",
+) -> "pandas.DataFrame":  # fmt: skip
+    """A DataFrame of texts, one row a name: each mean with its 95 % interval, and the paired difference to one.
+
+    ``scores``: name -> array [R], one number a replica, in the same order for all. ``against`` is the row that the
+    others are compared with, ``value`` the heading of the means, ``unit`` that of the differences; ``covers`` is what ±
+    covers, for the corner of the table: by default what the current lesson's replicas differ in.
+
+    >>> compare({"a": [97.0, 98.0], "b": [96.0, 96.5]}, against="b").loc["a"].tolist()
+    ['97.5 ± 6.4', '+1.2 ± 3.2']
+    """
+    import pandas as pd
+
+    if against is not None and against not in scores:
+        raise ValueError(f"no scores are called {against!r}; there are: {', '.join(scores)}")
+    rows = {}
+    for name, values in scores.items():
+        rows[name] = {value: f"{mean(values, ''):.{decimals}f}"}
+        if against is not None:
+            gain = "" if name == against else f"{difference(values, scores[against], ''):+.{decimals}f}"
+            rows[name][f"against {against} ({unit})"] = gain
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    counts = sorted({len(values) for values in scores.values()})
+    replicas = f"{'/'.join(map(str, counts))} replicas, 95 %"
+    covers = covers or (COVERS[-1] if COVERS else "")
+    table.columns.name = replicas + (f", ± covers {covers}" if covers else "")
+    return table
+
+
+COVERS: list[str] = []
+"""What the replicas of the current lesson differ in; set by the lesson, read by :func:`compare`."""
 
 
 def _pairs(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -359,7 +359,7 @@ def measure_families(bench: Bench, levels: Mapping[str, Sequence]) -> "pandas.Da
     Returns:
         One row a family and level: ``family``, ``level``, ``label``; ``score`` and ``val``, accuracy in percent [R] on
         test and validation; means over the networks of ``bytes``, the file; ``macs``; ``flash`` and ``ram``, see
-        :func:`device_memory`. As :func:`~course_lib.evidence.pareto.plot_pareto` takes it.
+        :func:`device_memory`. As :func:`~course_lib.evidence.plots.plot_pareto` takes it.
     """
     import pandas
 

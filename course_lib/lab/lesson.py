@@ -7,8 +7,7 @@ import torch
 
 from course_lib.evidence.claims import Claim, Ledger
 from course_lib.evidence.plots import use_style
-from course_lib.evidence.statistics import Verdict
-from course_lib.evidence.tables import COVERS
+from course_lib.evidence.statistics import COVERS, Verdict
 from course_lib.lab import predictions
 from course_lib.lab.data import DATASETS, DataError, Split, load_replicas
 from course_lib.lab.training import use_threads

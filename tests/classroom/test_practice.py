@@ -219,7 +219,7 @@ def test_wrong_answers_that_nobody_listed_do_not_pass(name, code):
 def test_the_answers_agree_with_the_library():
     from course_lib.evidence import statistics
     from course_lib.evidence.calibration import expected_calibration_error, fit_temperature
-    from course_lib.evidence.pareto import pareto_front
+    from course_lib.evidence.plots import pareto_front
     from course_lib.methods import distillation, distillation_features, pruning, quantization, temperature
     from course_lib.methods.huffman import huffman_code
 

@@ -12,7 +12,6 @@ from torchmetrics.functional.classification import multiclass_recall
 
 from course_lib.evidence.audit import (
     churn,
-    class_changes,
     class_recall,
     find_exemplars,
     map_agreement,
@@ -51,53 +50,6 @@ def test_each_replica_may_have_images_of_its_own():
     assert np.isnan(found[0, 2])
     for r in range(1, 5):
         assert found[r].tolist() == class_recall(answers[r : r + 1], labels[r])[0].tolist()
-    changes = class_changes(answers, draw(5, 60, seed=3), labels)
-    assert [c.change.n for c in changes] == [5, 5, 4]
-
-
-def test_changes_equal_scipys_paired_test_and_holms_procedure():
-    (before, labels), (after, _) = population(seed=1, error=0.1), population(seed=2, error=0.25)
-    rows = class_changes(before, after, labels)
-    p = []
-    for row in rows:
-        mine = labels == row.index
-        a, b = 100 * (before == labels).double(), 100 * (after == labels).double()
-        theirs = stats.ttest_rel((b[:, mine].mean(1) - b.mean(1)).numpy(), (a[:, mine].mean(1) - a.mean(1)).numpy())
-        p.append(theirs.pvalue)
-        interval = theirs.confidence_interval(0.95)
-        assert (row.relative.low, row.relative.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
-        raw = stats.ttest_rel(b[:, mine].mean(1).numpy(), a[:, mine].mean(1).numpy()).confidence_interval(0.95)
-        assert (row.change.low, row.change.high) == pytest.approx((raw.low, raw.high), abs=1e-9)
-        assert row.after - row.before == pytest.approx(row.change.mean, abs=1e-9)
-    for alpha in np.arange(0.005, 1, 0.01):
-        rejected = set()
-        for step, place in enumerate(np.argsort(p, kind="stable")):
-            if p[place] > alpha / (4 - step):
-                break
-            rejected.add(int(place))
-        assert {row.index for row in rows if row.p_value <= alpha} == rejected
-
-
-def test_a_class_that_alone_forgets_is_found_and_an_even_loss_is_not():
-    (before, labels), (spared, _) = population(10, error=0.02, seed=7), population(10, error=0.02, seed=8)
-    hit = torch.rand(10, 120, generator=torch.Generator().manual_seed(9)) < 0.5
-    rows = class_changes(before, torch.where(hit & (labels == 2), 0, spared), labels)
-    assert rows[2].p_value < 0.001
-    assert rows[2].relative < 0
-    even = class_changes(before, torch.where(hit, (labels + 1) % 4, spared), labels)
-    assert min(row.p_value for row in even) > 0.05
-    assert all(row.change < 0 for row in even)
-
-
-def test_equal_changes_have_a_sign_tests_p_and_no_width():
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    before = labels.expand(6, -1)
-    after = before.clone()
-    after[:, 0] = 1
-    row, other = class_changes(before, after, labels)
-    assert row.p_value == other.p_value == 2 * 2 / 2**6
-    assert row.relative.low == row.relative.high == pytest.approx(-100 / 6)
-    assert [r.p_value for r in class_changes(before, before, labels)] == [1.0, 1.0]
 
 
 # Answers
@@ -150,7 +102,7 @@ def test_a_tie_that_holds_the_others_answer_is_no_exemplar():
 ANSWERS = draw(4, 5)
 
 
-@pytest.mark.parametrize("function", [class_changes, churn, find_exemplars])
+@pytest.mark.parametrize("function", [churn, find_exemplars])
 @pytest.mark.parametrize(
     ("before", "after", "labels", "text"),
     [
@@ -170,8 +122,6 @@ def test_bad_answers_are_refused_in_words(function, before, after, labels, text)
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="the same images for all replicas"):
         find_exemplars(ANSWERS, ANSWERS, draw(4, 5, seed=9))
-    with pytest.raises(ValueError, match="class 0 needs images in at least two replicas"):
-        class_changes(ANSWERS[:1], ANSWERS[:1], ANSWERS[0])
 
 
 # Robustness and explanations

@@ -3,9 +3,11 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from scipy import stats
 
+from course_lib.evidence import statistics
 from course_lib.evidence.statistics import (
     Interval,
     Verdict,
+    compare,
     difference,
     exactly,
     mean,
@@ -185,3 +187,27 @@ def test_a_ratio_of_constants_is_exact():
 def test_a_ratio_without_an_interval_is_refused(y, x, text):
     with pytest.raises(ValueError, match=text):
         ratio_interval(y, x)
+
+
+SCORES = {"dense": [97.0, 98.0, 96.0], "pruned": [96.0, 97.5, 95.5]}
+
+
+def test_each_row_is_the_mean_and_the_paired_difference():
+    table = compare(SCORES, against="dense", decimals=2, covers="seeds")
+    assert table.loc["pruned", "test accuracy (%)"] == f"{mean(SCORES['pruned'], ''):.2f}" == "96.33 ± 2.59"
+    gain = difference(SCORES["pruned"], SCORES["dense"], "")
+    assert table["against dense (points)"].tolist() == ["", f"{gain:+.2f}"]
+    assert table.columns.name == "3 replicas, 95 %, ± covers seeds"
+    assert list(compare(SCORES).columns) == ["test accuracy (%)"]
+
+
+def test_the_corner_says_what_the_lesson_covers(monkeypatch):
+    monkeypatch.setattr(statistics, "COVERS", ["training and split"])
+    assert compare(SCORES).columns.name.endswith("± covers training and split")
+
+
+def test_what_does_not_pair_is_refused():
+    with pytest.raises(ValueError, match="no scores are called 'float'; there are: dense, pruned"):
+        compare(SCORES, against="float")
+    with pytest.raises(ValueError, match="2 and 3 values do not make pairs"):
+        compare({**SCORES, "few": [1.0, 2.0]}, against="dense")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from data_files import idx_files, write
 
-from course_lib.evidence.tables import COVERS
+from course_lib.evidence.statistics import COVERS
 from course_lib.lab.lesson import Lesson
 
 
