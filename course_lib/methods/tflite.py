@@ -1,0 +1,154 @@
+"""The same integers as a ``.tflite`` file, the format that LiteRT (TensorFlow Lite) runs on phones and small boards.
+
+A file is one flatbuffer: a list of buffers (bytes), one of tensors (shape, type, scale, zero point), and one of operators
+that name their tensors by number. LiteRT's 8-bit numbers are signed and its images have their channels last (NHWC): zero
+points move by 128, weights turn their axes, and no value changes. Its arithmetic is that of Jacob et al. 2018.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from course_lib.files import write_file
+from course_lib.gate import UnsupportedModel
+from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair, integer_max_pool2d
+from course_lib.methods.quantization import QuantParams
+
+__all__ = ["write_tflite"]
+
+MOVE = 128  # from 0 … 255 to −128 … 127
+KNOWN = "linear, convolution, ReLU, max-pooling and flatten layers"
+OPTIONS = {"CONV_2D": "Conv2DOptions", "FULLY_CONNECTED": "FullyConnectedOptions", "MAX_POOL_2D": "Pool2DOptions"}
+VERSIONS = {"CONV_2D": 3, "FULLY_CONNECTED": 4, "MAX_POOL_2D": 2, "RELU": 2}  # the first with signed 8-bit numbers
+
+
+class Tables:
+    """What a ``.tflite`` file lists; ``tip`` is the number of the last tensor, ``shape`` its [N, H, W, C] or [N, I]."""
+
+    def __init__(self, schema, shape: list[int], grid: QuantParams):
+        self.schema, self.tensors, self.operators, self.kinds = schema, [], [], []
+        self.buffers = [schema.BufferT()]  # number 0 is the empty one of all tensors that are computed
+        self.shape, self.tip = shape, None
+        self.tip = self.values("images", grid)
+
+    def tensor(self, name: str, kind: str, shape, scale: Tensor, zero_point: Tensor, data: Tensor | None = None) -> int:
+        """Add a tensor, with its bytes if it is a constant, and return its number."""
+        made = self.schema.TensorT()
+        made.name, made.type, made.shape = name, getattr(self.schema.TensorType, kind), list(shape)
+        made.quantization = self.schema.QuantizationParametersT()  # one scale, or one an output channel (dimension 0)
+        made.quantization.scale = scale.reshape(-1).tolist()
+        made.quantization.zeroPoint = zero_point.reshape(-1).tolist()
+        if data is not None:
+            made.buffer = len(self.buffers)
+            self.buffers.append(self.schema.BufferT())
+            raw = np.ascontiguousarray(data.numpy()).astype(data.numpy().dtype.newbyteorder("<"))
+            self.buffers[-1].data = np.frombuffer(raw.tobytes(), np.uint8)
+        self.tensors.append(made)
+        return len(self.tensors) - 1
+
+    def values(self, name: str, q: QuantParams) -> int:
+        """A tensor of computed 8-bit values on the grid ``q``."""
+        return self.tensor(name, "INT8", self.shape, q.scale, q.zero_point - MOVE)
+
+    def add(self, name: str, kind: str, q: QuantParams, constants: tuple[int, ...] = (), **options) -> None:
+        """An operator on the tip; its output, on the grid ``q``, becomes the tip."""
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        made, table = self.schema.OperatorT(), OPTIONS.get(kind)
+        made.opcodeIndex, made.inputs = self.kinds.index(kind), [self.tip, *constants]
+        self.tip = self.values(name, q)
+        made.outputs = [self.tip]
+        if table:
+            made.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
+            made.builtinOptions = getattr(self.schema, f"{table}T")()
+            vars(made.builtinOptions).update(options)
+        self.operators.append(made)
+
+    def window(self, name: str, size: Pair, stride: Pair, padding: Pair = (0, 0)) -> dict[str, int]:
+        """Padding and strides of a window that slides over the tip; ``shape`` becomes that of its output."""
+        height, width = self.shape[1:3]
+        after = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((height, width), size, stride, padding, strict=True)]
+        # SAME has its own rule: as many outputs as n / stride rounded up, the border split in two, the odd pixel last.
+        border = [max(0, (-(-n // s) - 1) * s + k - n) for n, k, s in zip((height, width), size, stride, strict=True)]
+        same = all(b == 2 * p for b, p in zip(border, padding, strict=True))
+        same &= after == [-(-n // s) for n, s in zip((height, width), stride, strict=True)]
+        if any(padding) and not same:
+            fits = f"LiteRT knows no border, or the one that keeps n / stride pixels: {[b / 2 for b in border]} here"
+            raise UnsupportedModel(f"{name!r}: a border of {padding} around {height}×{width} cannot be written: {fits}")
+        self.shape = [self.shape[0], *after, self.shape[3]]
+        kind = self.schema.Padding.SAME if any(padding) else self.schema.Padding.VALID
+        return {"padding": kind, "strideH": stride[0], "strideW": stride[1]}
+
+    def layer(self, name: str, step: IntegerLayer, flattened: list[int] | None) -> None:
+        """A linear layer or a convolution; ``flattened`` is the shape that its input had before it was flattened."""
+        weight, scale = step.weight, step.x_q.scale * step.w_q.scale
+        if weight.dim() == 4:
+            kind, options = "CONV_2D", self.window(name, tuple(weight.shape[2:]), step.stride, step.padding)
+            weight = weight.permute(0, 2, 3, 1)
+        else:
+            kind, options = "FULLY_CONNECTED", {}
+            if flattened:  # its inputs come pixel by pixel, not channel by channel
+                _, height, width, channels = flattened
+                weight = weight.unflatten(1, (channels, height, width)).permute(0, 2, 3, 1).flatten(1)
+        self.shape = [*self.shape[: weight.dim() - 1], len(weight)]
+        w = self.tensor(f"{name}/weight", "INT8", weight.shape, step.w_q.scale, step.w_q.zero_point, weight)
+        b = self.tensor(f"{name}/bias", "INT32", step.bias.shape, scale, torch.zeros_like(scale).long(), step.bias)
+        act = self.schema.ActivationFunctionType
+        self.add(name, kind, step.y_q, (w, b), fusedActivationFunction=act.RELU if step.relu else act.NONE, **options)
+
+    def packed(self) -> bytes:
+        """The whole file."""
+        import flatbuffers
+
+        model, graph = self.schema.ModelT(), self.schema.SubGraphT()
+        graph.tensors, graph.operators, graph.inputs, graph.outputs = self.tensors, self.operators, [0], [self.tip]
+        model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], self.buffers, []
+        for kind in self.kinds:
+            code = self.schema.OperatorCodeT()
+            code.builtinCode = code.deprecatedBuiltinCode = getattr(self.schema.BuiltinOperator, kind)
+            code.version = VERSIONS.get(kind, 1)
+            model.operatorCodes.append(code)
+        builder = flatbuffers.Builder(1024)
+        builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+        return bytes(builder.Output())
+
+
+def write_tflite(network: IntegerNetwork, path: str | os.PathLike, input_shape: tuple[int, int, int]) -> Path:
+    """Write an :class:`~course_lib.methods.integer.IntegerNetwork` for images of shape (C, H, W).
+
+    The file takes int8 images [1, H, W, C], which are our integers minus 128, and gives int8 scores [1, K], minus 128
+    too; an interpreter resizes the 1. ImportError: ``ai-edge-litert`` is not installed. UnsupportedModel: a border that
+    LiteRT has not. ValueError: images that do not fit. OSError: the file cannot be written; nothing is left behind.
+    """
+    try:
+        from ai_edge_litert import schema_py_generated as schema
+    except ImportError as error:
+        raise ImportError(
+            "writing .tflite files needs the package ai-edge-litert: pip install ai-edge-litert"
+        ) from error
+    channels, height, width = input_shape
+    try:
+        network(torch.zeros(1, *input_shape))
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the network does not take images of shape {tuple(input_shape)}: {error}") from error
+    tables, grid, flattened = Tables(schema, [1, height, width, channels], network.x_q), network.x_q, None
+    for name, step in network.steps:
+        kind = getattr(step, "func", None)
+        if isinstance(step, IntegerLayer):
+            if step.weight.dtype != torch.int8 or {step.x_q.dtype, step.y_q.dtype} != {torch.uint8}:
+                raise UnsupportedModel(f"{name!r}: uint8 inputs and outputs and int8 weights are needed")
+            tables.layer(name, step, flattened)
+            grid, flattened = step.y_q, None
+        elif kind is torch.flatten:  # vanishes: a linear layer takes its numbers in a row anyway
+            flattened = tables.shape if len(tables.shape) == 4 else flattened
+        elif kind is integer_max_pool2d:
+            size, options = step.keywords["size"], tables.window(name, **step.keywords)
+            tables.add(name, "MAX_POOL_2D", grid, filterHeight=size[0], filterWidth=size[1], **options)
+        elif kind is torch.clamp:
+            tables.add(name, "RELU", grid)
+        else:
+            raise UnsupportedModel(f"{name!r} ({step}) cannot be written: {KNOWN} are")
+    return write_file(path, tables.packed())
