@@ -1,8 +1,8 @@
 """The same integers as a ``.tflite`` file, the format that LiteRT (TensorFlow Lite) runs on phones and small boards.
 
-A file is one flatbuffer: a list of buffers (bytes), one of tensors (shape, type, scale, zero point), and one of operators
-that name their tensors by number. LiteRT's 8-bit numbers are signed and its images have their channels last (NHWC): zero
-points move by 128, weights turn their axes, and no value changes. Its arithmetic is that of Jacob et al. 2018.
+A file is one flatbuffer: a list of buffers (bytes), one of tensors (shape, type, scale, zero point), and one of
+operators that name their tensors by number. LiteRT's 8-bit numbers are signed and its images have their channels last
+(NHWC): zero points move by 128, weights turn their axes, and no value changes. Its sums are those of Jacob et al. 2018.
 """
 
 import os
