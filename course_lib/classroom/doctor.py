@@ -189,8 +189,8 @@ def _jupyter() -> Iterator[Finding]:
     program = Path(shutil.which(spec.argv[0]) or spec.argv[0])
     # A bare name is replaced by the interpreter that runs JupyterLab.
     own = spec.argv[0] in ("python", "python3") or program.parent.resolve() == Path(sys.executable).parent.resolve()
-    mend = "" if own else f"move {spec.resource_dir} away: JupyterLab takes it for the course's kernel (`run` does not)"
-    yield _found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", mend)
+    mend = f"move {spec.resource_dir} away: any Jupyter but `make lab` takes it for the course's kernel"
+    yield _found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", "" if own else mend)
 
 
 def _kernel() -> Iterator[Finding]:

@@ -37,7 +37,7 @@ def grade(
     folder: Path, *, output: Path | None = None, chapter: str | None = None, jobs: int | None = None,
     seconds: float = 20.0, memory: float = 4.0, notebooks: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Grade every notebook under ``folder`` into a CSV: file, name, task, points, of, hint, sha256.
+    """Grade every notebook under ``folder``, or one notebook, into a CSV: file, name, task, points, of, hint, sha256.
 
     Args:
         output: the CSV; ``grades.csv`` in the folder by default. Files that it already has, unchanged, are not run
@@ -49,8 +49,10 @@ def grade(
     Raises:
         CourseError: no such folder, no notebook in it, or no such chapter.
     """
-    folder, output, chapters = Path(folder), Path(output or Path(folder) / "grades.csv"), _chapters(notebooks)
-    files = [p for p in sorted(folder.rglob("*.ipynb")) if p.is_file() and not _hidden(p.relative_to(folder))]
+    one, chapters = [Path(folder)] if Path(folder).is_file() else [], _chapters(notebooks)
+    folder = Path(folder).parent if one else Path(folder)
+    output, found = Path(output or folder / "grades.csv"), one or sorted(folder.rglob("*.ipynb"))
+    files = [p for p in found if p.is_file() and not _hidden(p.relative_to(folder))]
     if not files:
         raise CourseError(f"no notebook in {folder}: a folder of submissions is needed")
     if chapter is not None:

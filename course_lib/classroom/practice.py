@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         "memory and a scratch folder. That guards against accidents, not against malice: where you cannot trust the "
         "notebooks, run it in a container, or as a user who owns nothing.",
     )  # fmt: skip
-    grading.add_argument("folder", type=Path, help="with *.ipynb, also in folders of it")
+    grading.add_argument("folder", type=Path, help="with *.ipynb, also in folders of it; or one notebook")
     grading.add_argument("--output", type=Path, metavar="CSV", help="default: FOLDER/grades.csv; what is there goes on")
     grading.add_argument("--chapter", metavar="NN", help="default: the one whose tasks a notebook has")
     grading.add_argument("--jobs", type=int, metavar="N", help="notebooks at once (default: one a core)")

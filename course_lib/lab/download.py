@@ -41,6 +41,10 @@ _BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 class DataError(RuntimeError):
     """A data set cannot be had: a file, a folder or the network stands in the way; the text says what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the text. The way to it through this library helps nobody there."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class _Damaged(Exception):
     """A file that is not what its name promises."""

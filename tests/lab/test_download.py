@@ -456,3 +456,13 @@ def test_a_killed_download_and_then_another(tmp_path, mirror):
     load(tmp_path)
     assert mirror.fetched == dict.fromkeys(ARCHIVES, 1)
     assert {name: (tmp_path / RAW / name).read_bytes() for name in IDX_NAMES} == FILES
+
+
+def test_a_notebook_shows_the_text_alone(tmp_path):
+    code = f"from course_lib.lab.download import obtain; obtain('mnist', {str(tmp_path)!r}, download=False)"
+    env = os.environ | {"IPYTHONDIR": str(tmp_path / "ipython")}
+    shown = subprocess.run(
+        [sys.executable, "-m", "IPython", "-c", code], env=env, capture_output=True, text=True
+    ).stdout
+    assert shown.startswith("DataError: mnist is not complete in ")
+    assert "Traceback" not in shown
