@@ -11,22 +11,24 @@ from functools import partial
 from string import Template
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from course_lib.gate import UnsupportedModel, whole_number
 from course_lib.methods.integer import INT32_MAX, IntegerLayer, IntegerNetwork, fixed_point, integer_max_pool2d
 from course_lib.methods.quantization import QuantParams, quantize
 
-__all__ = ["c_source", "pixel_table", "raw_pixels"]
+__all__ = ["c_source", "float_c_source", "pixel_table", "raw_pixels"]
 
 HEADER = Template("""\
-// Written by course_lib. A logit is (score - $zero) * $scale.
+// Written by course_lib. A logit is $logit.
 #include <stdint.h>
 
 #define PIXELS $pixels  // of an image, channel by channel, row by row; each below LEVELS
 #define LEVELS $levels
 #define SCORES $scores
+""")
 
+REQUANTIZE = """\
 // sum * multiplier / 2^shift, rounded half up (>> of a negative number must keep its sign).
 static uint8_t requantize(int32_t sum, int32_t multiplier, int shift, int zero, int low, int high)
 {
@@ -34,7 +36,7 @@ static uint8_t requantize(int32_t sum, int32_t multiplier, int shift, int zero, 
     int64_t q = (((int64_t)sum * multiplier + half) >> shift) + zero;
     return (uint8_t)(q < low ? low : q > high ? high : q);
 }
-""")
+"""
 
 TABLE = Template("""\
     for (int i = 0; i < PIXELS; i++)
@@ -82,6 +84,15 @@ POOL = Template("""\
             }
 """)
 
+FLOAT_LINEAR = Template("""\
+    for (int o = 0; o < $outputs; o++) {
+        float sum = bias$n[o];
+        for (int i = 0; i < $inputs; i++)
+            sum += weight$n[o * $inputs + i] * $x[i];
+        $y[o] = $result;
+    }
+""")
+
 CLIP = Template("""\
     for (int i = 0; i < $count; i++)
         $y[i] = $x[i] < $low ? $low : $x[i];
@@ -124,7 +135,7 @@ def folded_bias(layer: IntegerLayer, name: str) -> Tensor:
 
 def c_array(kind: str, name: str, values: Tensor) -> str:
     """``static const int8_t weight1[6] = {…};``, twenty numbers a line."""
-    words = [str(value) for value in values.flatten().tolist()]
+    words = [f"{value}f" if kind == "float" else str(value) for value in values.flatten().tolist()]
     lines = (", ".join(words[i : i + 20]) for i in range(0, len(words), 20))
     return f"static const {kind} {name}[{len(words)}] = {{\n    " + ",\n    ".join(lines) + "};\n"
 
@@ -185,7 +196,6 @@ def c_source(network: IntegerNetwork, input_shape: tuple[int, int, int], table: 
     static buffers hold what goes from step to step, so a call must have ended before the next begins.
     UnsupportedModel: names a step that is not written. ValueError: shapes that do not fit, sums beyond int32.
 
-    >>> from torch import nn
     >>> from course_lib.methods.integer import integer_network
     >>> images = torch.rand(20, 1, 2, 2)
     >>> network = integer_network(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), images)
@@ -213,20 +223,41 @@ def c_source(network: IntegerNetwork, input_shape: tuple[int, int, int], table: 
             clean = re.sub(r"[^A-Za-z0-9_.]", "_", step_name)
             title = f"{clean}: {' x '.join(map(str, before))} to {' x '.join(map(str, shape))}"
             parts.append((template, known, title, math.prod(shape)))
-    head = HEADER.substitute(
-        pixels=pixels, levels=table.shape[1], scores=math.prod(shape),
-        zero=int(network.y_q.zero_point), scale=network.y_q.scale.item(),
-    )  # fmt: skip
-    return "\n".join([head, *tables, function_source(name, parts)])
+    logit = f"(score - {int(network.y_q.zero_point)}) * {network.y_q.scale.item()}"
+    head = HEADER.substitute(pixels=pixels, levels=table.shape[1], scores=math.prod(shape), logit=logit)
+    return "\n".join([head, REQUANTIZE, *tables, function_source(name, parts, "uint8_t")])
 
 
-def function_source(name: str, parts: list) -> str:
+def function_source(name: str, parts: list, kind: str) -> str:
     """The function: each step reads one buffer and writes the other, the last one writes the scores."""
     counts = [count for *_, count in parts[:-1]]
     sizes = {buffer: max(counts[start::2], default=0) for start, buffer in enumerate("ab")}
-    lines = [f"void {name}(const uint8_t *image, uint8_t *scores)\n{{"]
-    lines += [f"    static uint8_t {buffer}[{size}];" for buffer, size in sizes.items() if size]
+    lines = [f"void {name}(const uint8_t *image, {kind} *scores)\n{{"]
+    lines += [f"    static {kind} {buffer}[{size}];" for buffer, size in sizes.items() if size]
     for place, (template, known, title, _) in enumerate(parts):
         y = "scores" if place == len(parts) - 1 else "ab"[place % 2]
         lines.append(f"\n    // {title}\n" + template.substitute(known, x="ba"[place % 2], y=y).rstrip())
     return "\n".join([*lines, "}\n"])
+
+
+def float_c_source(model: nn.Sequential, mean: float, std: float, levels: int, name: str = "predict") -> str:
+    """The same file for a float MLP on images of one channel, to compare with: ``float *scores`` are the logits.
+
+    ``model`` flattens, then has linear layers and ReLUs; UnsupportedModel: anything else.
+    """
+    chain = [m for m in model if not isinstance(m, nn.Flatten)]
+    grey = (torch.arange(levels, dtype=torch.float32) / (levels - 1) - mean) / std
+    tables, parts = [c_array("float", "pixel", grey)], []
+    parts.append((TABLE, {"row": ""}, "normalisation", chain[0].in_features))
+    for layer, after in zip(chain, [*chain[1:], None], strict=True):
+        if type(layer) not in (nn.Linear, nn.ReLU):
+            raise UnsupportedModel(f"{layer} cannot be written: linear layers and ReLUs are needed")
+        if isinstance(layer, nn.Linear):
+            outputs, inputs = layer.weight.shape
+            result = "sum < 0 ? 0 : sum" if isinstance(after, nn.ReLU) else "sum"
+            known = dict(n=len(tables), outputs=outputs, inputs=inputs, result=result)
+            values = zip(("weight", "bias"), (layer.weight.detach(), layer.bias.detach()), strict=True)
+            tables.append("".join(c_array("float", f"{kind}{len(tables)}", value) for kind, value in values))
+            parts.append((FLOAT_LINEAR, known, f"linear: {inputs} to {outputs}", outputs))
+    head = HEADER.substitute(pixels=chain[0].in_features, levels=levels, scores=outputs, logit="a score")
+    return "\n".join([head, *tables, function_source(name, parts, "float")])
