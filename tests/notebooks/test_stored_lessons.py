@@ -57,6 +57,12 @@ def test_metadata_says_what_it_is(number):
 
 
 @each
+def test_its_headings_read_well_in_a_table_of_contents(number):
+    for heading in re.findall(r"^#+ .*", prose(number), re.M):
+        assert not re.search(r"[$\\]", heading), f"a table of contents shows the raw formula: {heading}"
+
+
+@each
 def test_its_first_code_cell_holds_the_parameters(number):
     assert "parameters" in code(number)[0]["metadata"]["tags"]
     told = {name: (p.type, p.default) for name, p in LESSONS[number].parameters.items()}
