@@ -52,11 +52,7 @@ def save_checkpoint(path: str | Path, models: Models) -> Path:
 
 
 def load_checkpoint(path: str | Path, models: Models) -> None:
-    """Load a checkpoint into ``models``, which stay as they were if anything is wrong with it.
-
-    Raises:
-        CheckpointError: no such file, no digest or another one, not a safetensors file, other tensors.
-    """
+    """Load a checkpoint into ``models``; CheckpointError, and they are as they were, if anything is wrong with it."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -83,12 +79,9 @@ def train_or_load(
     Of several processes that ask at once, one trains and the others wait and load. Loading writes nothing and needs no
     lock: a class may share a folder that it can only read. What cannot be kept is trained all the same, with a warning.
 
-    Args:
-        name: a word for the file name, such as ``"teacher"``.
-        make: builds the untrained model, or a list of replicas.
-        train: trains what ``make`` gave, in place, or returns other models to keep instead.
-        key: everything that determines the weights, as for :func:`checkpoint_key`: data, config, seeds.
-        folder: where to keep it; ``None`` means ``cache_folder("checkpoints")``.
+    ``name`` is a word for the file name; ``make`` builds the untrained model, or a list of replicas, which ``train``
+    trains in place (or returns others to keep); ``key`` holds everything that determines the weights, as for
+    :func:`checkpoint_key`: data, config, seeds. ``folder`` is ``cache_folder("checkpoints")`` by default.
     """
     from filelock import FileLock
 

@@ -40,7 +40,7 @@ from course_lib.methods.surgery import remove_neurons
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["FAMILIES", "Bench", "Recipe", "Stage", "deep_compress", "device_memory", "layer_table", "measure_families"]
+__all__ = ["FAMILIES", "Bench", "Recipe", "Stage", "device_memory", "layer_table", "measure_families"]
 __all__ += ["prune_gradually", "share_values", "store", "train_as_long", "write_engine_files"]
 
 Models = list[nn.Module]
@@ -50,11 +50,10 @@ Models = list[nn.Module]
 class Recipe:
     """How far each stage of Deep Compression goes, and how long the network may recover.
 
-    Attributes:
-        sparsity: share of all weights that are pruned, in [0, 1); ``scope`` as in ``prune_``. The paper leaves 8 %.
-        bits: width of a weight's index into its layer's shared values, 1 to 8; ``bias_bits`` the same for biases, which
-            the paper leaves out: here they would be half of the file.
-        prune, settle, share: training while the sparsity rises, under the finished masks, and of the shared values.
+    ``sparsity``, in [0, 1), is the share of all weights that are pruned; the paper leaves 8 %. ``bits``, 1 to 8, is the
+    width of a weight's index into its layer's shared values, ``bias_bits`` the same for biases, which the paper leaves
+    out: here they would be half of the file. ``prune``, ``settle`` and ``share`` are the trainings while the sparsity
+    rises, under the finished masks, and of the shared values.
     """
 
     sparsity: float = 0.92
@@ -123,9 +122,8 @@ class Stage:
 def store(models: Models, *, huffman: bool = True, safetensors: bool = False) -> Stage:
     """Write each network to a file, and read it back into a network that forgot everything.
 
-    Args:
-        huffman: ``False`` keeps indices of a fixed width, as before the paper's third stage.
-        safetensors: the plain dense file that everybody would write, instead.
+    Without ``huffman`` indices keep a fixed width, as before the paper's third stage. ``safetensors`` is the plain
+    dense file that everybody would write, instead.
     """
     from safetensors.torch import load_model, save_model
 
@@ -147,14 +145,6 @@ def store(models: Models, *, huffman: bool = True, safetensors: bool = False) ->
             sizes.append(path.stat().st_size)
             contents.append([] if safetensors else read_contents(path))
     return Stage(networks, np.array(sizes), contents)
-
-
-def deep_compress(models: Models, data, seeds: Sequence[int], recipe: Recipe, **options) -> dict[str, Stage]:
-    """All stages of the paper: ``"dense"``, ``"P"``, ``"P+Q"``, ``"P+Q+H"``; Huffman's code changes the file alone."""
-    pruned = prune_gradually(models, data, seeds, recipe, **options)
-    shared = share_values(pruned, data, seeds, recipe, **options)
-    coded = {"P": store(pruned, huffman=False), "P+Q": store(shared, huffman=False), "P+Q+H": store(shared)}
-    return {"dense": store(models, safetensors=True), **coded}
 
 
 def layer_table(stages: Mapping[str, Stage]) -> "pandas.DataFrame":
@@ -190,12 +180,9 @@ def layer_table(stages: Mapping[str, Stage]) -> "pandas.DataFrame":
 class Bench:
     """What every family starts from: the same data, seeds and dense networks; each list of networks is trained once.
 
-    Attributes:
-        data, seeds: as of a lesson.
-        net: the dense network, a name of ``MODELS`` or ``make_model(seed)``.
-        teacher: what students learn from, a name of ``MODELS``.
-        recipe: of Deep Compression; and how long other families train after they were cut or rounded.
-        folder: where trained networks are kept; ``None``: the user's cache.
+    ``net`` is the dense network, a name of ``MODELS`` or ``make_model(seed)``, ``teacher`` what students learn from.
+    The ``recipe`` also says how long other families train after they were cut or rounded. Trained networks are kept in
+    ``folder``, by default in the user's cache.
     """
 
     data: DataSplits
@@ -227,13 +214,8 @@ class Bench:
         dry, key = replace(self, dry=True), {"family": family, "level": level, "recipe": self.recipe}
         key |= {"seeds": list(self.seeds), "train": self.data.train, "val": self.data.val, "teacher": self.teacher}
         key |= {"start": self.build(), "code": source_hash(Path(course_lib.__file__).parent / "methods", __file__)}
-        kept = train_or_load(
-            "family",
-            lambda: FAMILIES[family](dry, level),
-            lambda _: FAMILIES[family](self, level),
-            key=key,
-            folder=self.folder,
-        )
+        make, train = lambda: FAMILIES[family](dry, level), lambda _: FAMILIES[family](self, level)
+        kept = train_or_load("family", make, train, key=key, folder=self.folder)
         return [model.eval() for model in kept]
 
     def build(self, name: str | Callable[[int], nn.Module] | None = None) -> Models:
@@ -352,14 +334,11 @@ FAMILIES: dict[str, Callable[[Bench, object], Models]] = {
 def measure_families(bench: Bench, levels: Mapping[str, Sequence]) -> "pandas.DataFrame":
     """Every family at each of its levels: written to a file, read back, scored and counted.
 
-    Args:
-        levels: family -> its levels; ``[None]`` where it has none. A sparsity, a share of neurons, a rank, bits (a
-            tuple of them: one a layer), a student's name, or a pair: ``{"pruned + codebook": [(0.92, 4)]}``.
-
-    Returns:
-        One row a family and level: ``family``, ``level``, ``label``; ``score`` and ``val``, accuracy in percent [R] on
-        test and validation; means over the networks of ``bytes``, the file; ``macs``; ``flash`` and ``ram``, see
-        :func:`device_memory`. As :func:`~course_lib.evidence.plots.plot_pareto` takes it.
+    ``levels``: family -> its levels; ``[None]`` where it has none. A sparsity, a share of neurons, a rank, bits (a
+    tuple of them: one a layer), a student's name, or a pair: ``{"pruned + codebook": [(0.92, 4)]}``. Returns one row a
+    family and level: ``family``, ``level``, ``label``; ``score`` and ``val``, accuracy in percent [R] on test and
+    validation; means over the networks of ``bytes``, the file; ``macs``; ``flash`` and ``ram``, see
+    :func:`device_memory`.
     """
     import pandas
 
@@ -414,10 +393,7 @@ def write_engine_files(networks: Mapping[str, nn.Module], images: Tensor, folder
     """ONNX files to be timed, by name: quantized networks on int8 kernels, all others in float32, zeros included.
 
     Networks of equal layers and kind are one graph with other numbers, so they get one file, which is timed once:
-    their latencies are equal by construction.
-
-    Args:
-        networks: flat ``nn.Sequential`` each. images: what the int8 graphs' activations are calibrated on.
+    their latencies are equal by construction. On ``images`` the int8 graphs' activations are calibrated.
     """
     files: dict[object, Path] = {}
     paths = {}
@@ -426,9 +402,7 @@ def write_engine_files(networks: Mapping[str, nn.Module], images: Tensor, folder
         kind = integers, str(dense)
         if kind not in files:
             files[kind] = Path(folder) / f"{len(files)}.onnx"
-            if integers:
-                write_int8_onnx(integer_network(dense, images), files[kind], tuple(images.shape[1:]))
-            else:
-                write_float_onnx(dense, files[kind], tuple(images.shape[1:]))
+            write, graph = (write_int8_onnx, integer_network(dense, images)) if integers else (write_float_onnx, dense)
+            write(graph, files[kind], tuple(images.shape[1:]))
         paths[name] = files[kind]
     return paths

@@ -15,10 +15,8 @@ import signal
 import sys
 import threading
 import time
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,8 +86,8 @@ def run_study(
 ) -> "pandas.DataFrame":  # fmt: skip
     """Measure every cell of a grid; what was measured before is not measured again.
 
-    A cell that raises is a row with its ``error``; the rest goes on. Where a worker dies, the cells that were under way
-    are tried once more, each alone. A run that was killed goes on where it stood, and tries failed rows again.
+    A cell that raises is a row with its ``error``; the rest goes on. Cells that are lost, because a worker died, are
+    tried again one after another. A run that was killed goes on where it stood, and tries failed rows again.
 
     Args:
         grid: distinct trials, as from :func:`make_grid`.
@@ -99,7 +97,6 @@ def run_study(
         folder: where rows are kept, under ``name``. ``None``: nothing is kept.
         version: what else the result depends on, such as the data set. Rows are kept under the trial, this text,
             torch's version and the source of ``work`` (its whole package).
-        progress: show a bar if a person watches.
 
     Returns:
         One row a trial in the grid's order: ``method, level, seed``, the options, the measured values, ``error``
@@ -126,8 +123,7 @@ def run_study(
 
         def record(trial: Trial, row: dict) -> None:
             if trial in paths:
-                text = json.dumps({"key": paths[trial].stem, "trial": str(trial), **row})
-                write_file(paths[trial], text.encode())
+                write_file(paths[trial], json.dumps({"key": paths[trial].stem, "trial": str(trial), **row}).encode())
             rows[trial] = row
             advance()
 
@@ -142,50 +138,42 @@ def run_study(
 
 
 def _measure(trials: list[Trial], work: Callable, given: Executor | None, workers: int, record: Callable) -> None:
-    """Bring every trial to a row.
-
-    A future that fails (not: a cell whose work raised, which is a result) means that a worker died. Who was to blame
-    cannot be seen where several cells were under way, so each of them is tried again alone.
-    """
-    todo, alone, tried = deque(trials), deque(), set()
-    flying, pool, broken = {}, given, False
+    """Bring every trial to a row: all at once, then one after another those that were lost, as where a worker died."""
+    pool, lost, flying = given or _new_pool(workers), [], {}
     try:
-        while todo or alone or flying:
-            if broken and not flying:
-                if pool is given:
-                    warnings.warn("a worker died and broke the pool that was given; using another", stacklevel=3)
-                else:
-                    pool.shutdown()
-                pool, broken = None, False
-            pool = pool or _new_pool(workers)
-            # Few at a time, so that few are under suspicion when a worker dies.
-            room = 1 if alone else getattr(pool, "_max_workers", 1000)
-            while len(flying) < room and (alone or todo) and not broken:
-                trial = (alone or todo).popleft()
-                try:
-                    # The number of the attempt keeps a cluster from answering out of its memory.
-                    flying[pool.submit(_cell, work, trial, time.time_ns())] = trial
-                except BrokenExecutor:
-                    (alone if trial in tried else todo).appendleft(trial)
-                    broken = True
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                trial = flying.pop(future)
-                problem = CancelledError("given up") if future.cancelled() else future.exception()
-                broken |= isinstance(problem, BrokenExecutor)
-                if problem is None:
-                    record(trial, future.result())
-                elif trial in tried:
-                    record(trial, {"values": {}, "error": f"{type(problem).__name__}: {problem}", "seconds": None})
-                else:
-                    tried.add(trial)
-                    alone.append(trial)
+        for trial in trials:
+            try:
+                # The time keeps a cluster from answering out of its memory.
+                flying[pool.submit(_cell, work, trial, time.time_ns())] = trial
+            except BrokenExecutor:
+                lost.append(trial)
+        for future in as_completed(list(flying)):
+            trial = flying.pop(future)
+            lost.append(trial) if _problem(future) else record(trial, future.result())
+        for trial in lost:  # who is to blame is seen where each is alone
+            try:
+                future = pool.submit(_cell, work, trial, time.time_ns())
+            except BrokenExecutor:
+                pool = _new_pool(1)
+                future = pool.submit(_cell, work, trial, time.time_ns())
+            flying = {future: trial}
+            wait(flying)
+            failed = {"values": {}, "error": _problem(future), "seconds": None}
+            record(trial, failed if failed["error"] else future.result())
+            flying = {}
     finally:
         for future in flying:
             future.cancel()
-        if pool is not given and pool is not None:
+        if pool is not given:
             for process in list((pool._processes or {}).values()) if flying else ():  # in the middle of a cell
                 process.kill()
             pool.shutdown()
+
+
+def _problem(future: Future) -> str:
+    """Why a future has no result (a cell whose work raised has one)."""
+    problem = CancelledError("given up") if future.cancelled() else future.exception()
+    return f"{type(problem).__name__}: {problem}" if problem else ""
 
 
 def _new_pool(workers: int) -> ProcessPoolExecutor:

@@ -13,7 +13,6 @@ from course_lib.lab.compression import (
     FAMILIES,
     Bench,
     Recipe,
-    deep_compress,
     device_memory,
     layer_table,
     measure_families,
@@ -50,7 +49,10 @@ def dense(data):
 
 @pytest.fixture(scope="module")
 def stages(dense, data):
-    return deep_compress(dense, data, SEEDS, SHORT, best_on=data.val)
+    pruned = prune_gradually(dense, data, SEEDS, SHORT, best_on=data.val)
+    shared = share_values(pruned, data, SEEDS, SHORT, best_on=data.val)
+    coded = {"P": store(pruned, huffman=False), "P+Q": store(shared, huffman=False), "P+Q+H": store(shared)}
+    return {"dense": store(dense, safetensors=True), **coded}
 
 
 def same(a, b):
