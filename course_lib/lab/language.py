@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from course_lib.files import source_hash
-from course_lib.gate import eval_mode, whole_number
+from course_lib.gate import whole_number
 from course_lib.lab.checkpoints import train_or_load
-from course_lib.lab.training import check_finite
+from course_lib.lab.training import check_finite, progress_bar
 
 __all__ = [
     "Cache", "LanguageModel", "NGram", "Text", "bits_per_symbol", "generate", "load_text", "train_language_model",
@@ -89,7 +89,7 @@ class NGram:
     tensor([[[0.1667, 0.8333]]])
     """
 
-    context = 256  # symbols that bits_per_symbol shows it at a time
+    context = 128  # symbols that bits_per_symbol shows it at a time
 
     def __init__(self, tokens: Tensor, order: int, vocabulary: int):
         self.vocabulary, self.tables = vocabulary, []
@@ -121,7 +121,7 @@ class NGram:
 
 
 class Block(nn.Module):
-    """Attention, then two layers with a ReLU² between them (So et al. 2021), each added to what comes in."""
+    """Attention, then two layers with a ReLU between them, each added to what comes in."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -134,30 +134,44 @@ class Block(nn.Module):
         """[N, T, width] → the same shape; with a cache it attends to what is kept there, too."""
         parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [N, heads, T, width each]
-        if cache is not None:
+        past = cache.length if cache else 0
+        q, k = rotated(q, past), rotated(k, past)
+        if cache:
             k, v = cache.extend(number, k, v)
         new, seen = q.shape[2], k.shape[2]
         mask = None if new in (1, seen) else torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < new == seen)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
-        return x + self.down(F.relu(self.up(self.norm2(x))).square())
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+def rotated(x: Tensor, past: int) -> Tensor:
+    """Turn pairs of numbers of x [..., T, d] by angles that grow with the place, the first being number ``past``.
+
+    The product of two such vectors depends on how far apart they stand (Su et al. 2021, "RoPE").
+    """
+    half = x.shape[-1] // 2
+    speed = 1000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.arange(past, past + x.shape[-2], device=x.device)[:, None] * speed
+    (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class LanguageModel(nn.Module):
     """A GPT: tokens [N, T ≤ context], int64 below ``vocabulary``, to logits [N, T, vocabulary] of each next symbol.
 
-    Each layer has attention with ``heads`` (a divisor of ``width``) and a hidden part four times as wide; places are
-    learned. ``seed`` decides the initial weights.
+    A block has attention with ``heads`` and a hidden layer four times as wide. Where a symbol stands is told twice: by
+    a learned vector for each place, and by rotation. ``seed`` decides the initial weights.
 
     >>> LanguageModel(5, width=8, layers=1, heads=2, context=16)(torch.tensor([[1, 4, 0]])).shape
     torch.Size([1, 3, 5])
     """
 
-    def __init__(self, vocabulary: int, width: int = 96, layers: int = 3, heads: int = 4, context: int = 256,
+    def __init__(self, vocabulary: int, width: int = 96, layers: int = 3, heads: int = 4, context: int = 128,
                  *, seed: int = 0):  # fmt: skip
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads must divide width; got heads={heads}, width={width}")
+        if width % (2 * heads):
+            raise ValueError(f"width must be a multiple of 2 · heads; got width={width}, heads={heads}")
         self.vocabulary, self.width, self.heads, self.context = vocabulary, width, heads, context
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed) % 2**63)
@@ -209,41 +223,45 @@ def train_language_model(
     tokens: Tensor | Callable[[torch.Generator], Tensor],
     *,
     steps: int,
-    batch_size: int = 16,
+    batch_size: int = 8,
     lr: float = 0.02,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     seed: int = 0,
 ) -> LanguageModel:
-    """Train in place for a fixed number of steps, the rate falling to 0; returns the model.
+    """Train in place for a fixed number of steps, the rate falling to 0 over the last two thirds; returns the model.
 
     Args:
         tokens: one text [n], of which random windows are read; or sequences [N, ≤ context + 1], of which random ones
             are; or a function that draws a batch of sequences with the generator that it gets.
         batch_size: windows or sequences a step.
-        lr: of Muon, which trains the matrices between the layers; embeddings, norms and the last layer get AdamW.
+        lr: of Muon, which trains the matrices of the blocks; embeddings, norms and the last layer get AdamW at a
+            quarter of it.
         loss_fn: ``loss_fn(logits, sequences)``, with logits [B, T, V] of sequences [B, T + 1] without their last
             symbol; by default the cross-entropy of the next symbol.
         seed: decides the draws. The same seed gives the same weights on the same machine with as many threads.
+
+    Raises:
+        DivergedError: the loss is no longer finite. ValueError: tokens of another shape.
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01), torch.optim.AdamW(others, lr / 4, (0.9, 0.95))]
     draw = tokens if callable(tokens) else batches(tokens, model.context + 1, batch_size)
     generator = torch.Generator().manual_seed(int(seed) % 2**63)
-    model.train()
-    for step in range(whole_number(steps, "steps")):
-        sequences = draw(generator)
-        logits = model(sequences[:, :-1])
-        loss = (loss_fn or next_symbol_loss)(logits, sequences)
-        check_finite(loss, step, 0, lr)
-        loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"])
-                group["lr"] = group["initial_lr"] * min(1, (step + 1) / 20, 1.5 * (1 - step / steps))
-            optimizer.step()
-            optimizer.zero_grad()
-    return model.eval()
+    with progress_bar(whole_number(steps, "steps"), True) as advance:
+        for step in range(steps):
+            sequences = draw(generator)
+            loss = (loss_fn or next_symbol_loss)(model(sequences[:, :-1]), sequences)
+            check_finite(loss, step, 0, lr)
+            loss.backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    full = group.setdefault("initial_lr", group["lr"])
+                    group["lr"] = full * min(1, (step + 1) / 20, 1.5 * (1 - step / steps))
+                optimizer.step()
+                optimizer.zero_grad()
+            advance()
+    return model
 
 
 def next_symbol_loss(logits: Tensor, sequences: Tensor) -> Tensor:
@@ -261,18 +279,18 @@ def batches(tokens: Tensor, length: int, count: int) -> Callable[[torch.Generato
 
 
 def trained_language_model(
-    text: Text, seed: int = 0, *, steps: int, batch_size: int = 16, **sizes: int
+    tokens: Tensor, vocabulary: int, seed: int = 0, *, steps: int, batch_size: int = 8, lr: float = 0.02, **sizes: int
 ) -> LanguageModel:
-    """A model trained on ``text.train``, or the same from the cache if it was trained before.
+    """A model trained on ``tokens`` as by :func:`train_language_model`, or the same from the cache if it is there.
 
     ``sizes`` are those of :class:`LanguageModel`: ``width``, ``layers``, ``heads``, ``context``.
     """
-    key = {"text": text.train, "sizes": sizes, "steps": steps, "batch": batch_size, "seed": int(seed)}
+    recipe = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": int(seed)}
     return train_or_load(
         "language",
-        lambda: LanguageModel(len(text.alphabet), **sizes, seed=seed).eval(),
-        lambda model: train_language_model(model, text.train, steps=steps, batch_size=batch_size, seed=seed),
-        key=key | {"code": source_hash(__file__)},
+        lambda: LanguageModel(vocabulary, **sizes, seed=seed),
+        lambda model: train_language_model(model, tokens, **recipe),
+        key=recipe | {"tokens": tokens, "vocabulary": vocabulary, "sizes": sizes, "code": source_hash(__file__)},
     )
 
 
@@ -302,10 +320,9 @@ def bits_per_symbol(model: Callable[[Tensor], Tensor], tokens: Tensor, *, batch_
     else:
         counted = torch.ones(len(tokens), length, dtype=torch.bool)
     nats = 0.0
-    with eval_mode(model) if isinstance(model, nn.Module) else torch.no_grad():
-        for sequences, part in zip(tokens.split(batch_size), counted.split(batch_size), strict=True):
-            lost = F.cross_entropy(model(sequences[:, :-1]).transpose(1, 2), sequences[:, 1:], reduction="none")
-            nats += lost[part].double().sum().item()
+    for sequences, part in zip(tokens.split(batch_size), counted.split(batch_size), strict=True):
+        lost = F.cross_entropy(model(sequences[:, :-1]).transpose(1, 2), sequences[:, 1:], reduction="none")
+        nats += lost[part].double().sum().item()
     return nats / counted.sum().item() / math.log(2)
 
 
@@ -323,13 +340,12 @@ def generate(
     """
     tokens, generator = prompt, torch.Generator().manual_seed(int(seed) % 2**63)
     cache = Cache(model, len(prompt)) if cached else None
-    with eval_mode(model):
-        for _ in range(whole_number(length, "length", 0)):
-            unread = tokens[:, cache.length :] if cached else tokens
-            logits = model(unread, cache)[:, -1, :symbols]
-            if temperature == 0:
-                chosen = logits.argmax(dim=-1, keepdim=True)
-            else:
-                chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-            tokens = torch.cat([tokens, chosen], dim=1)
+    for _ in range(whole_number(length, "length", 0)):
+        unread = tokens[:, cache.length :] if cached else tokens
+        logits = model(unread, cache)[:, -1, :symbols]
+        if temperature == 0:
+            chosen = logits.argmax(dim=-1, keepdim=True)
+        else:
+            chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+        tokens = torch.cat([tokens, chosen], dim=1)
     return tokens
