@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from course_lib.files import cache_folder
+from course_lib.gate import whole_number
 from course_lib.lab.download import SOURCES, DataError, RawData, obtain
 
 __all__ = ["DATASETS", "DataError", "DataSplits", "Split", "Splits", "load_dataset", "load_replicas"]
@@ -37,9 +38,6 @@ class Split:
     >>> split = Split(torch.zeros(3, 1, 8, 8), torch.tensor([4, 0, 9]))
     >>> len(split), split.subset([2, 0]).labels.tolist()
     (3, [9, 4])
-
-    Raises:
-        TypeError: not tensors of those types. ValueError: not of those shapes, or not as many labels as images.
     """
 
     images: Tensor
@@ -65,11 +63,7 @@ class Split:
 
 
 class Splits(Sequence):
-    """One :class:`Split` a replica, all of one size, drawn from a common pool of images.
-
-    Args:
-        pool: the images that the replicas draw from.
-        index: int64 [R, N], the positions in ``pool`` of each replica's images.
+    """One :class:`Split` a replica, all of one size: ``index``, int64 [R, N], holds its images' positions in ``pool``.
 
     >>> pool = Split(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
     >>> splits = Splits(pool, torch.tensor([[0, 1, 2], [3, 2, 1]]))
@@ -109,14 +103,10 @@ class Splits(Sequence):
 class DataSplits:
     """A data set in three disjoint parts.
 
-    Attributes:
-        train, val, test: the parts. From :func:`load_dataset` each is a :class:`Split`; from :func:`load_replicas`
-            ``train`` and ``test`` are :class:`Splits` (``test`` a ``Split`` where the data set has a fixed one).
-        name: one of :data:`DATASETS`.
-        class_names: one name a class, in the order of the labels.
-        mean, std: one number a channel, of pixels in [0, 1], used for all parts: of the training part, or, where each
-            replica has its own, of the validation part. ``images * std + mean`` gives such pixels back; for a channel
-            that never changes ``std`` is 1.
+    From :func:`load_dataset` each part is a :class:`Split`; from :func:`load_replicas` ``train`` and ``test`` are
+    :class:`Splits` (``test`` a ``Split`` where the data set has a fixed one). ``mean`` and ``std``, a number a channel,
+    are of pixels in [0, 1], of the training part, or, where each replica has its own, of the validation part:
+    ``images * std + mean`` gives such pixels back; for a channel that never changes ``std`` is 1.
     """
 
     train: Split | Splits
@@ -157,53 +147,40 @@ def load_dataset(
         download: fetch what is missing, from ``$COURSE_MIRROR`` if set (``<mirror>/MNIST/<file>.gz``,
             ``<mirror>/FashionMNIST/...``, ``<mirror>/KMNIST/...``, ``<mirror>/cifar-10-python.tar.gz``).
 
-    Raises:
-        ValueError, TypeError: unknown name, bad seed or root.
-        DataError: files missing, damaged or not readable, no network, space or permission; says what to do.
+    DataError: files missing, damaged or not readable, no network, space or permission; it says what to do.
 
     >>> data = load_dataset("digits")
     >>> len(data.train), len(data.val), len(data.test), data.input_shape, data.num_classes
     (1257, 270, 270, (1, 8, 8), 10)
     """
-    seed = _check_seed(seed)
+    seed = whole_number(seed, "seed", 0, 2**32 - 1)
     raw = _raw(name, root, download)
-    rest, test = _with_test(raw, seed)
+    everything, fixed = np.arange(len(raw.train_labels)), len(raw.test_labels) > 0
+    rest, test = (everything, None) if fixed else _stratified(raw.train_labels, everything, DIGITS_HELD_OUT, seed)
     train, val = _stratified(raw.train_labels, rest, _held_out(raw, name, root), seed)
     mean, std = _channel_statistics(raw.train_images[train], raw.scale)
-    parts = [_split(raw.train_images[index], raw.train_labels[index], raw.scale, mean, std) for index in (train, val)]
-    if test is None:
-        parts.append(_split(raw.test_images, raw.test_labels, raw.scale, mean, std))
-    else:
-        parts.append(_split(raw.train_images[test], raw.train_labels[test], raw.scale, mean, std))
+    pairs = [(raw.train_images[index], raw.train_labels[index]) for index in (train, val, test) if index is not None]
+    pairs += [(raw.test_images, raw.test_labels)] * fixed
+    parts = [_split(images, labels, raw.scale, mean, std) for images, labels in pairs]
     return DataSplits(*parts, name, raw.class_names, mean, std)
 
 
 def load_replicas(
-    name: str = "digits",
-    replicas: int = 24,
-    *,
-    seed: int = 0,
-    root: str | os.PathLike | None = None,
-    download: bool = True,
-    most: int | None = QUICK_TRAINING_IMAGES,
-) -> DataSplits:
+    name: str = "digits", replicas: int = 24, *, seed: int = 0, root: str | os.PathLike | None = None,
+    download: bool = True, most: int | None = QUICK_TRAINING_IMAGES,
+) -> DataSplits:  # fmt: skip
     """A data set in which every replica draws its own split, so that ± over replicas covers that luck too.
 
     The validation images are one set for all: never trained on, never tested by any replica, so that a choice made on
     it looks at nobody's test images. Of the digits each replica draws its own 1,257 training and 270 test images from
     the rest. Where a data set has a fixed test set, each draws four fifths of the other training images (at most
-    ``most``); all are tested on that set.
-
-    Args:
-        replicas: how many, at least 1. ``seed`` decides all draws; other arguments as for :func:`load_dataset`.
+    ``most``); all are tested on that set. ``seed`` decides all draws.
 
     >>> data = load_replicas(replicas=3)
     >>> len(data.train), data.train.images_each, data.test.images_each, len(data.val)
     (3, 1257, 270, 270)
     """
-    seed, replicas = _check_seed(seed), operator.index(replicas)
-    if replicas < 1:
-        raise ValueError(f"replicas must be at least 1, got {replicas}")
+    seed, replicas = whole_number(seed, "seed", 0, 2**32 - 1), whole_number(replicas, "replicas")
     raw = _raw(name, root, download)
     # One validation set for every seed, too: what is common to all replicas cannot be covered by their interval.
     rest, val = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), _held_out(raw, name, root), 0)
@@ -213,12 +190,9 @@ def load_replicas(
     out = len(rest) - min(len(rest) * 4 // 5, most or len(rest)) if fixed else DIGITS_HELD_OUT
     # A replica's draw depends on (seed, replica) alone, so that more replicas repeat the first ones.
     draws = [_stratified(raw.train_labels, rest, out, np.random.default_rng([seed, r])) for r in range(replicas)]
-    train = Splits(pool, torch.as_tensor(np.stack([kept for kept, _ in draws])))
-    test = (
-        _split(raw.test_images, raw.test_labels, raw.scale, mean, std)
-        if fixed
-        else Splits(pool, torch.as_tensor(np.stack([held for _, held in draws])))
-    )
+    train, test = (Splits(pool, torch.as_tensor(np.stack(index))) for index in zip(*draws, strict=True))
+    if fixed:
+        test = _split(raw.test_images, raw.test_labels, raw.scale, mean, std)
     return DataSplits(train, pool.subset(torch.as_tensor(val)), test, name, raw.class_names, mean, std)
 
 
@@ -242,23 +216,9 @@ def _positions(indices, count: int) -> Tensor:
     return indices
 
 
-def _check_seed(seed) -> int:
-    if isinstance(seed, bool | np.bool_):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__} {seed!r}") from None
-    if not 0 <= value < 2**32:
-        raise ValueError(f"seed must be within 0..2**32 - 1, got {value}")
-    return value
-
-
 def _raw(name: str, root, download: bool) -> RawData:
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, one of {', '.join(DATASETS)}, got {type(name).__name__}")
     if name not in DATASETS:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), DATASETS, n=1)
+        close = difflib.get_close_matches(str(name).lower().replace("-", "_"), DATASETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}{hint}")
     return _digits() if name == "digits" else obtain(name, _data_root(root), download=download)
@@ -289,22 +249,15 @@ def _digits() -> RawData:
     return RawData(images, labels, images[:0], labels[:0], tuple("0123456789"), scale=16)
 
 
-def _with_test(raw: RawData, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Positions that are left for training, and those of the test part if the data set has none of its own."""
-    everything = np.arange(len(raw.train_labels))
-    return (everything, None) if len(raw.test_labels) else _stratified(raw.train_labels, everything, 270, seed)
-
-
 def _held_out(raw: RawData, name: str, root) -> int:
     """How many images validation gets."""
     if not len(raw.test_labels):
         return DIGITS_HELD_OUT
     classes, counts = np.unique(raw.train_labels, return_counts=True)
     if counts.min() < 2:
-        raise DataError(
-            f"{name} in {_data_root(root)} cannot be split into train and validation: class {classes[counts.argmin()]} "
-            "has a single training image, and each class needs at least 2. Use a subset with more images a class."
-        )
+        why = f"class {classes[counts.argmin()]} has a single training image, and each class needs at least 2"
+        where = f"{name} in {_data_root(root)} cannot be split into train and validation"
+        raise DataError(f"{where}: {why}. Use a subset with more images a class.")
     return max(round(len(raw.train_labels) / 10), len(classes))
 
 
@@ -319,15 +272,14 @@ def _stratified(labels: np.ndarray, among: np.ndarray, held_out: int, seed) -> t
 def _channel_statistics(images: np.ndarray, scale: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images [N, C, H, W] over ``scale``, exact from counts."""
     levels = np.arange(256) / scale
-    means, stds = [], []
-    for channel in range(images.shape[1]):
-        share = np.bincount(images[:, channel].ravel(), minlength=256) / images[:, channel].size
+    found = []
+    for pixels in images.swapaxes(0, 1):
+        share = np.bincount(pixels.ravel(), minlength=256) / pixels.size
         mean = float(share @ levels)
         std = float(np.sqrt(share @ (levels - mean) ** 2))
-        means.append(mean)
         # Rounding leaves a trace of spread in a constant channel; one grey level in all of MNIST is far above it.
-        stds.append(std if std > 1e-9 else 1.0)
-    return tuple(means), tuple(stds)
+        found.append((mean, std if std > 1e-9 else 1.0))
+    return tuple(zip(*found, strict=True))
 
 
 def _split(images: np.ndarray, labels: np.ndarray, scale: int, mean, std) -> Split:

@@ -15,25 +15,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from course_lib.gate import copy_model, eval_mode
 from course_lib.lab.data import DataSplits, Split, Splits
 from course_lib.lab.models import build_model
-from course_lib.lab.training import (
-    AfterStep,
-    BestEpoch,
-    LossFn,
-    TrainConfig,
-    as_terms,
-    check_finite,
-    check_logits,
-    check_split,
-    check_trainable,
-    device_of,
-    epoch_batches,
-    evaluate,
-    fit,
-    forward,
-    make_optimizer,
-    progress_bar,
-    read_loss,
-)
+
+from course_lib.lab.training import (  # isort: skip
+    AfterStep, BestEpoch, LossFn, TrainConfig, as_terms, check_finite, check_logits, check_split, check_trainable,
+    device_of, epoch_batches, evaluate, fit, forward, make_optimizer, progress_bar, read_loss,
+)  # fmt: skip
 
 __all__ = ["fit_replicas", "train", "train_many"]
 
@@ -42,18 +28,11 @@ LARGEST_BATCHED_CONV = 200_000
 
 
 def train_many(
-    model: str | Callable[[int], nn.Module] | Sequence[nn.Module],
-    data: DataSplits | Split | Splits,
-    seeds: Sequence[int],
-    *,
-    start: Sequence[int] | None = None,
-    config: TrainConfig | None = None,
-    loss_fn: LossFn | None = None,
-    after_step: AfterStep | None = None,
-    settings: Mapping[str, Tensor] | None = None,
-    best_on: Split | None = None,
-    **recipe,
-) -> list[nn.Module]:
+    model: str | Callable[[int], nn.Module] | Sequence[nn.Module], data: DataSplits | Split | Splits,
+    seeds: Sequence[int], *, start: Sequence[int] | None = None, config: TrainConfig | None = None,
+    loss_fn: LossFn | None = None, after_step: AfterStep | None = None,
+    settings: Mapping[str, Tensor] | None = None, best_on: Split | None = None, **recipe,
+) -> list[nn.Module]:  # fmt: skip
     """Train one network a seed, all at once, each on its own training images where the data has them.
 
     Args:
@@ -64,9 +43,6 @@ def train_many(
         config, recipe: a :class:`TrainConfig`, or its fields as keywords: ``epochs=12, lr=4e-3``.
         loss_fn, after_step, settings: as in :func:`fit_replicas`.
         best_on: validation images on which each network's best epoch is chosen; by default the last epoch stays.
-
-    Returns:
-        The trained networks, in the order of ``seeds``.
     """
     seeds, split = [int(s) for s in seeds], data.train if isinstance(data, DataSplits) else data
     start = seeds if start is None else [int(s) for s in start]
@@ -110,17 +86,10 @@ def train(model: str | nn.Module, data: DataSplits | Split, seed: int = 0, **opt
 
 
 def fit_replicas(
-    make_model: Callable[[int], nn.Module],
-    seeds: Sequence[int],
-    split: Split | Sequence[Split],
-    config: TrainConfig | None = None,
-    *,
-    loss_fn: LossFn | None = None,
-    val: Split | None = None,
-    after_step: AfterStep | None = None,
-    settings: Mapping[str, Tensor] | None = None,
-    progress: bool = False,
-) -> list[nn.Module]:
+    make_model: Callable[[int], nn.Module], seeds: Sequence[int], split: Split | Sequence[Split],
+    config: TrainConfig | None = None, *, loss_fn: LossFn | None = None, val: Split | None = None,
+    after_step: AfterStep | None = None, settings: Mapping[str, Tensor] | None = None, progress: bool = False,
+) -> list[nn.Module]:  # fmt: skip
     """Train one replica a seed, all at once.
 
     Replica ``r`` equals ``fit(make_model(seeds[r]), split, config, seed=seeds[r], ...)`` up to floating-point rounding:
@@ -129,21 +98,15 @@ def fit_replicas(
     replica after another, with the same result.
 
     Args:
-        make_model: ``make_model(seed)`` gives the model to start from, fresh or already trained; all must have
-            the same architecture and be on one device.
+        make_model: gives the model to start from, fresh or already trained; all need one architecture and device.
         seeds: one integer a replica; a seed may appear again where ``settings`` tells the replicas apart.
         split: the training data for all, or a sequence with one split a replica, all of the same shape.
-        config: see :class:`~course_lib.lab.training.TrainConfig`.
         loss_fn: as in :func:`~course_lib.lab.training.fit`; it sees one replica at a time, usually under ``vmap``, so
             it should not branch on the values of tensors.
         val: chooses the best epoch of each replica on its own.
         after_step: as in ``fit``, but its tensors carry a leading replica dimension ``[R, ...]``.
         settings: named tensors ``[R, ...]``; slice ``r`` reaches replica ``r``'s loss as a keyword argument. That
             trains a grid of temperatures, or replicas with a table of teacher logits each, in the same pass.
-        progress: as in ``fit``.
-
-    Returns:
-        The trained models, in the order of ``seeds``, in the mode that ``make_model`` gave them.
 
     Raises:
         ValueError: no seeds, architectures or splits that differ, settings without a leading dimension of R, or
@@ -286,15 +249,11 @@ def check_same(models: list[nn.Module]) -> None:
     for r, model in enumerate(models):
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         if type(model) is not type(models[0]) or shapes != first:
-            differ = sorted(name for name in {*first, *shapes} if first.get(name) != shapes.get(name))
-            raise ValueError(
-                f"replica {r} ({type(model).__name__}) is another network than replica 0 ({type(models[0]).__name__}); "
-                f"differing: {', '.join(differ) or 'the class'}; one batched pass needs one architecture"
-            )
+            differ = ", ".join(sorted(n for n in {*first, *shapes} if first.get(n) != shapes.get(n))) or "the class"
+            kinds = f"({type(model).__name__}) is another network than replica 0 ({type(models[0]).__name__})"
+            raise ValueError(f"replica {r} {kinds}; differing: {differ}; one batched pass needs one architecture")
         if any(model is other for other in models[:r]):
-            raise ValueError(
-                "make_model returned the same object twice: return a new model, or a deepcopy, for each seed"
-            )
+            raise ValueError("make_model returned the same object twice: return a new model, or a copy, for each seed")
 
 
 def check_settings(settings: Mapping[str, Tensor] | None, replicas: int) -> dict[str, Tensor]:
@@ -302,10 +261,8 @@ def check_settings(settings: Mapping[str, Tensor] | None, replicas: int) -> dict
     checked = {name: torch.as_tensor(value) for name, value in (settings or {}).items()}
     for name, value in checked.items():
         if value.dim() == 0 or value.shape[0] != replicas:
-            shape = tuple(value.shape)
-            raise ValueError(
-                f"settings[{name!r}] must have one entry for each of the {replicas} seeds, got shape {shape}"
-            )
+            need = f"settings[{name!r}] must have one entry for each of the {replicas} seeds"
+            raise ValueError(f"{need}, got shape {tuple(value.shape)}")
     return checked
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -37,13 +38,9 @@ class DivergedError(RuntimeError):
 class TrainConfig:
     """How to train: AdamW (Loshchilov & Hutter 2019) with a learning rate that is set anew at every step.
 
-    Attributes:
-        epochs: passes over the split, at least 1.
-        batch_size: images a step, at least 1; the last batch of an epoch may be smaller, but a single image left over
-            joins the batch before it (BatchNorm cannot normalise one).
-        lr: learning rate of the first step, above 0.
-        weight_decay: AdamW's decoupled decay, at least 0.
-        schedule: ``"constant"``, ``"linear"`` (to 0) or ``"cosine"`` (to 0), all counted in steps, not in epochs.
+    The last batch of an epoch may be smaller than ``batch_size``, but a single image left over joins the batch before
+    it (BatchNorm cannot normalise one). ``lr``, above 0, is the rate of the first step; the ``schedule``,
+    ``"constant"``, ``"linear"`` (to 0) or ``"cosine"`` (to 0), is counted in steps, not in epochs.
     """
 
     epochs: int = 20
@@ -115,11 +112,7 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Evaluation:
-    """Run ``model`` in eval mode over ``split`` without gradients; its mode is as it was afterwards.
-
-    Raises:
-        ValueError: the split is empty, or the model's logits do not fit its labels.
-    """
+    """Run ``model`` in eval mode over ``split`` without gradients; ValueError if logits and labels do not fit."""
     check_split(split)
     with eval_mode(model), torch.inference_mode():
         logits = torch.cat([model(images) for images in split.images.to(device_of(model)).split(batch_size)]).cpu()
@@ -130,13 +123,8 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Evalu
 
 
 def accuracy(models: nn.Module | Iterable[nn.Module], split: Split | Splits) -> np.ndarray:
-    """Accuracy in percent of each model, float64 [R]; model r is tested on its own split where each has one.
-
-    Raises:
-        ValueError: no models, or another number of models than of splits.
-    """
-    pairs = _paired(models, split)
-    return np.array([100 * evaluate(model, own).accuracy for model, own in pairs])
+    """Accuracy in percent of each model, float64 [R]; model r is tested on its own split where each has one."""
+    return np.array([100 * evaluate(model, own).accuracy for model, own in _paired(models, split)])
 
 
 def logits_of(models: nn.Module | Iterable[nn.Module], split: Split | Splits) -> Tensor:
@@ -156,38 +144,25 @@ def _paired(models: nn.Module | Iterable[nn.Module], split: Split | Splits) -> l
 
 
 def fit(
-    model: nn.Module,
-    split: Split,
-    config: TrainConfig | None = None,
-    *,
-    loss_fn: LossFn | None = None,
-    val: Split | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    after_step: AfterStep | None = None,
-) -> History:
+    model: nn.Module, split: Split, config: TrainConfig | None = None, *, loss_fn: LossFn | None = None,
+    val: Split | None = None, seed: int = 0, progress: bool = False, after_step: AfterStep | None = None,
+) -> History:  # fmt: skip
     """Train ``model`` in place.
 
     Args:
         model: any module whose ``forward(images)`` gives logits ``[B, K]``; frozen parameters do not move.
-        split: training images and labels.
-        config: see :class:`TrainConfig`; ``None`` means its defaults.
         loss_fn: ``loss_fn(logits, labels)``, cross-entropy by default. If it has a parameter named ``index`` it gets
             the batch's positions ``[B]`` in ``split`` as well, to look up a table such as teacher logits. It returns
             a scalar, or a dict of named scalars in which ``"loss"`` is the one to minimise.
         val: where the best epoch is chosen, by accuracy, ties by loss; the model ends with that epoch's weights.
             Without it the last epoch's weights stay.
         seed: decides the order of the data and dropout; torch's global generator is left as it was.
-        progress: show a bar if a person watches; nothing is ever shown when ``CI`` or ``COURSE_UNATTENDED`` is set.
         after_step: called as ``after_step({name: parameter}, step)`` after every step, without gradients: the place
             where a pruning mask is multiplied back in.
 
-    Returns:
-        A :class:`History`. The same arguments give the same weights, bit for bit, on one machine and thread count.
-
-    Raises:
-        ValueError: an empty split, labels that do not fit the logits, a loss that is no scalar or lacks ``"loss"``.
-        DivergedError: the loss is no longer finite; the weights are left as they were at that step.
+    The same arguments give the same weights, bit for bit, on one machine and thread count. ValueError: an empty split,
+    labels that do not fit the logits, a loss that is no scalar or lacks ``"loss"``. DivergedError: the loss is no
+    longer finite; the weights are left as they were at that step.
     """
     config = config or TrainConfig()
     check_split(split)
@@ -243,8 +218,7 @@ def fit(
 def use_threads(wanted: int = 2) -> int:
     """Set torch's threads to ``wanted``, but to no more than this process has cores, nor than ``$OMP_NUM_THREADS``.
 
-    Two processes with two threads each on two cores are slower than one with two: whatever starts several lessons at
-    once sets ``OMP_NUM_THREADS`` for them, and a number written into a lesson must not override it.
+    Whatever starts several lessons at once sets that for them, and a number written into a lesson must not override it.
     """
     wanted = whole_number(wanted, "wanted")
     # Only where it exists does this tell the cores that a container or taskset leaves to the process.
@@ -273,25 +247,19 @@ class BestEpoch:
             model.load_state_dict(self.state)
 
 
-class progress_bar:
-    """A bar for a person who watches, as a context manager that gives ``advance()``; silent in an unattended run."""
+BAR_DELAY = 2.0  # seconds: what is over by then needs no bar
 
-    delay = 2.0
-    """Seconds after which a bar appears: what is over by then needs none."""
 
-    def __init__(self, total: int, wanted: bool, what: str = "epochs"):
-        self.bar = None
-        if wanted and not (os.environ.get("CI") or os.environ.get("COURSE_UNATTENDED")):
-            from tqdm.auto import tqdm
+@contextmanager
+def progress_bar(total: int, wanted: bool, what: str = "epochs") -> Iterator[Callable[[], object]]:
+    """Gives ``advance()``, which moves a bar for a person who watches; silent in an unattended run."""
+    if not wanted or os.environ.get("CI") or os.environ.get("COURSE_UNATTENDED"):
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, desc=what, leave=False, delay=self.delay)
-
-    def __enter__(self) -> Callable[[], None]:
-        return self.bar.update if self.bar is not None else lambda: None
-
-    def __exit__(self, *exc) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    with tqdm(total=total, desc=what, leave=False, delay=BAR_DELAY) as bar:
+        yield bar.update
 
 
 def batch_sizes(examples: int, batch_size: int) -> list[int]:
@@ -318,9 +286,8 @@ def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise ValueError(
-            f"BatchNorm cannot normalise a batch of {len(images)}: use a batch_size of at least 2, and 2 images or more"
-        ) from error
+        cure = "use a batch_size of at least 2, and 2 images or more"
+        raise ValueError(f"BatchNorm cannot normalise a batch of {len(images)}: {cure}") from error
 
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
@@ -377,19 +344,16 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
     if logits.dim() != 2:
         raise ValueError(f"the model must return logits [N, K], got shape {tuple(logits.shape)}")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}, but the model has {logits.shape[1]} logits: "
-            f"build it with num_classes={int(labels.max()) + 1}"
-        )
+        cure = f"build it with num_classes={int(labels.max()) + 1}"
+        found = f"labels run from {labels.min()} to {labels.max()}, but the model has {logits.shape[1]} logits"
+        raise ValueError(f"{found}: {cure}")
 
 
 def check_finite(loss: Tensor, step: int, epoch: int, lr: float) -> None:
     """Stop a training whose loss is no longer a number."""
     if not torch.isfinite(loss).all():
-        raise DivergedError(
-            f"the loss is {loss.detach().tolist()} at step {step} (epoch {epoch}); "
-            f"try a learning rate below {lr:g}, and look for NaN or infinity in the images or in the loss function"
-        )
+        cure = f"try a learning rate below {lr:g}, and look for NaN or infinity in the images or in the loss function"
+        raise DivergedError(f"the loss is {loss.detach().tolist()} at step {step} (epoch {epoch}); {cure}")
 
 
 def device_of(model: nn.Module) -> torch.device:

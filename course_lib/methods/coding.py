@@ -4,11 +4,16 @@ A file is 4 bytes of magic, a version byte, 8 bytes of BLAKE2b over the rest, an
 dtype, shape, data. A tensor's first byte says how its bit patterns are written, whatever is shortest: as they are; as a
 palette with indices of a fixed width or in Huffman's code; by the gaps between non-zeros (the paper's relative index,
 with a filler for long gaps); as integers times scales; or as the same tensor under another name.
+
+Of a Huffman code (1952, "A Method for the Construction of Minimum-Redundancy Codes") only the lengths of the words are
+kept; the words follow from them in the canonical order (shorter first, then smaller symbol first).
 """
 
 import hashlib
+import heapq
 import math
 import os
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +23,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from course_lib.files import write_file
+from course_lib.gate import whole_number
 from course_lib.methods.codebook import kmeans_codebook
-from course_lib.methods.huffman import entropy_bits, huffman_code, huffman_decode, huffman_encode, limited_lengths
 
-__all__ = [
-    "CompressedFileError",
-    "StoredTensor",
-    "entropy_bits",
-    "huffman_code",
-    "huffman_decode",
-    "huffman_encode",
-    "load_compressed",
-    "read_contents",
-    "save_compressed",
-]
+__all__ = ["CompressedFileError", "StoredTensor", "canonical_codes", "code_lengths", "entropy_bits", "huffman_code"]
+__all__ += ["huffman_decode", "huffman_encode", "load_compressed", "read_contents", "save_compressed"]
 
+# Code words in a file are no longer than this, so that one table look-up decodes a symbol.
+LONGEST = 15
 MAGIC, VERSION, DIGEST_BYTES = b"\x93CNW", 2, 8
 RAW, FIXED, HUFFMAN, SPARSE, INTEGERS, TIED = range(6)
 NAMES = ("raw", "codebook", "codebook", "sparse", "integers", "tied")
@@ -70,18 +68,14 @@ def save_compressed(
 
     Few distinct values become a codebook, many zeros a sparse index, quantized weights (one scale a tensor, a row, or a
     group of 32) integers and scales. Bit for bit, NaN included, with one exception: in a tensor that is mostly zeros
-    the sign of a zero is dropped, because a mask multiplied onto negative weights leaves minus zeros.
+    the sign of a zero is dropped, because a mask multiplied onto negative weights leaves minus zeros. Tensors that
+    share memory are stored once. The file appears whole or not at all; returned is its length in bytes.
 
     Args:
-        model: any module; it is not modified. Tensors that share memory are stored once.
-        path: the file to write. It appears whole or not at all: a crash leaves what was there before.
         codebook_bits: 1 to 8: first cluster every parameter of two or more dimensions into 2^bits shared values by
             k-means, zeros kept (lossy; the file then holds the clustered weights). ``None``: the weights as they are.
         huffman: ``False`` leaves out Huffman's code: every index has a fixed width, as after Deep Compression's second
             stage. The file is longer and reads back to the same weights.
-
-    Returns:
-        Length of the file in bytes, all metadata included.
 
     Raises:
         TypeError: a state that is no dense tensor of a supported dtype.
@@ -106,15 +100,9 @@ def save_compressed(
 def load_compressed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     """Read a file of :func:`save_compressed` into ``model``, exactly, and return it.
 
-    Args:
-        path: the file.
-        model: a module with the same tensor names, shapes and dtypes; filled in place only once the whole file is
-            read and checked, so after an error it is as it was.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        CompressedFileError: (a ValueError) foreign, truncated, damaged, of another format version, or of another
-            network.
+    ``model``, with the same tensor names, shapes and dtypes, is filled in place once the whole file is read and
+    checked: after an error it is as it was. OSError: the file cannot be read. CompressedFileError (a ValueError):
+    foreign, truncated, damaged, of another format version, or of another network.
     """
     entries, expected = read_entries(Path(path)), read_state(model)
     check_same_network(path, [stored for stored, _ in entries], expected)
@@ -148,9 +136,8 @@ def read_state(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor) or isinstance(tensor, UninitializedTensorMixin):
             raise TypeError(f"{name} is {type(tensor).__name__}, not a tensor with values: it cannot be stored")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: only dense tensors are stored"
-            )
+            found = f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise TypeError(f"{found}: only dense tensors are stored")
     return state
 
 
@@ -194,13 +181,10 @@ def check_same_network(path: str | os.PathLike, entries: list[StoredTensor], exp
     wanted = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in expected.items()}
     differ = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
     if differ or len(stored) != len(entries):
-        texts = [
-            f"{n}: {stored.get(n, 'nothing')} in the file, {wanted.get(n, 'nothing')} in the model" for n in differ
-        ]
-        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise CompressedFileError(
-            f"{path} holds another network: {'; '.join(texts[:4]) or 'a name appears twice'}{more}"
-        )
+        pairs = [(n, stored.get(n, "nothing"), wanted.get(n, "nothing")) for n in differ[:4]]
+        texts = [f"{n}: {ours} in the file, {theirs} in the model" for n, ours, theirs in pairs]
+        texts += [f"and {len(differ) - 4} more"] if len(differ) > 4 else []
+        raise CompressedFileError(f"{path} holds another network: {'; '.join(texts) or 'a name appears twice'}")
 
 
 def encode_tensor(tensor: Tensor, huffman: bool) -> bytes:
@@ -428,3 +412,118 @@ class Reader:
 
     def block(self) -> bytes:
         return self.take(self.varint())
+
+
+# --- Huffman's code
+
+
+def huffman_code(counts: Mapping[Hashable, int] | Sequence[int]) -> dict[Hashable, str]:
+    """The Huffman code of symbols that occur ``counts[symbol]`` times: ``{symbol: bit string}``.
+
+    Prefix-free, of the least possible total length, within one bit of the entropy a symbol. One symbol alone gets the
+    word ``"0"``; symbols that never occur get none. ``counts`` is a mapping, or a sequence whose positions are symbols;
+    TypeError for anything else, or a count that is no integer; ValueError for a negative one.
+
+    >>> huffman_code({"a": 5, "b": 2, "c": 1})
+    {'a': '0', 'b': '10', 'c': '11'}
+    """
+    if isinstance(counts, (str, bytes)) or not hasattr(counts, "__len__"):
+        raise TypeError(f"counts must be a mapping symbol -> count or a sequence, got {type(counts).__name__}")
+    items = dict(counts if isinstance(counts, Mapping) else enumerate(counts))
+    items = {symbol: whole_number(count, f"the count of {symbol!r}", 0) for symbol, count in items.items()}
+    occurring = {symbol: count for symbol, count in items.items() if count}
+    lengths = code_lengths(list(occurring.values()))
+    words = zip(canonical_codes(lengths), lengths, strict=True)
+    return {symbol: f"{word:0{n}b}" for symbol, (word, n) in zip(occurring, words, strict=True)}
+
+
+def code_lengths(counts: Sequence[int]) -> list[int]:
+    """Length of each symbol's Huffman word; all counts are above 0. One symbol alone gets length 1.
+
+    >>> code_lengths([5, 2, 1])
+    [1, 2, 2]
+    """
+    if len(counts) < 2:
+        return [1] * len(counts)
+    heap = [(count, leaf) for leaf, count in enumerate(counts)]
+    heapq.heapify(heap)
+    parent = [0] * (2 * len(counts) - 1)
+    for node in range(len(counts), len(parent)):
+        (first, a), (second, b) = heapq.heappop(heap), heapq.heappop(heap)
+        parent[a] = parent[b] = node
+        heapq.heappush(heap, (first + second, node))
+    depth = [0] * len(parent)
+    for node in range(len(parent) - 2, -1, -1):
+        depth[node] = depth[parent[node]] + 1
+    return depth[: len(counts)]
+
+
+def limited_lengths(counts: Sequence[int]) -> list[int]:
+    """Huffman lengths of at most :data:`LONGEST` bits; flattening the counts costs next to nothing and always ends."""
+    while max(lengths := code_lengths(counts), default=0) > LONGEST:
+        counts = [(count + 1) // 2 for count in counts]
+    return lengths
+
+
+def canonical_codes(lengths: Sequence[int]) -> list[int]:
+    """Code words (as integers) that follow from their lengths alone; length 0 means that the symbol has no word.
+
+    ValueError: no prefix-free code has these lengths (Kraft's sum is above 1).
+
+    >>> [format(word, "b").zfill(n) for word, n in zip(canonical_codes([2, 1, 2]), [2, 1, 2])]
+    ['10', '0', '11']
+    """
+    words, word, last = [0] * len(lengths), 0, 0
+    for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length):
+        word <<= length - last
+        if word >> length:
+            raise ValueError(f"no prefix-free code has the lengths {list(lengths)}")
+        words[symbol], word, last = word, word + 1, length
+    return words
+
+
+def entropy_bits(counts: Sequence[int]) -> float:
+    """Shannon's entropy in bits a symbol: what no code can go below.
+
+    >>> entropy_bits([1, 1, 2])
+    1.5
+    """
+    total = sum(counts)
+    return -sum(n / total * math.log2(n / total) for n in counts if n) if total else 0.0
+
+
+def huffman_encode(symbols: np.ndarray, lengths: Sequence[int]) -> bytes:
+    """The words of ``symbols`` (integers [N]) one after another, filled up with zeros to whole bytes."""
+    sizes = np.asarray(lengths, dtype=np.int64)[symbols]
+    words = np.asarray(canonical_codes(lengths), dtype=np.int64)[symbols]
+    ends = np.cumsum(sizes)
+    bits = np.zeros(int(sizes.sum()), dtype=np.uint8)
+    for back in range(int(sizes.max(initial=0))):
+        long_enough = sizes > back
+        bits[ends[long_enough] - 1 - back] = (words[long_enough] >> back) & 1
+    return np.packbits(bits).tobytes()
+
+
+def huffman_decode(data: bytes, lengths: Sequence[int], count: int) -> np.ndarray:
+    """The first ``count`` symbols in ``data``, as integers [count]; ValueError if it ends early or breaks."""
+    longest = max(lengths, default=0)
+    if count and not 1 <= longest <= LONGEST:
+        raise ValueError(f"code words must have 1 to {LONGEST} bits, got {longest}")
+    # What a symbol's word is followed by does not matter: all entries of the table that begin with it are the symbol's.
+    table = np.zeros((2, 1 << longest), dtype=np.int64)
+    for symbol, (word, length) in enumerate(zip(canonical_codes(lengths), lengths, strict=True)):
+        if length:
+            table[:, word << (longest - length) : (word + 1) << (longest - length)] = [[symbol], [length]]
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
+    padded = np.concatenate([bits, np.zeros(longest, dtype=np.uint8)]).astype(np.int64)
+    # What the next `longest` bits are, for every position at once; then only the hops from word to word are sequential.
+    window = np.zeros(len(bits), np.int64)
+    for k in range(longest):
+        window = window << 1 | padded[k : k + len(bits)]
+    hops, starts, position = table[1, window].tolist(), [], 0
+    for _ in range(count):
+        if position >= len(hops) or not 0 < hops[position] <= len(hops) - position:
+            raise ValueError(f"the bit stream ends or breaks after {len(starts)} of {count} symbols")
+        starts.append(position)
+        position += hops[position]
+    return table[0, window[starts]] if starts else np.zeros(0, dtype=np.int64)

@@ -25,20 +25,11 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     """T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)), summed over classes and averaged over images ("batchmean").
 
     The gradient of the KL term by a student logit is (q_i − p_i) / T, and q − p itself shrinks like 1/T. T² takes both
-    back, so that one learning rate and one alpha serve every temperature.
+    back, so that one learning rate and one alpha serve every temperature (Hinton, Vinyals & Dean 2015, section 2).
 
-    Args:
-        student_logits, teacher_logits: floating point ``[..., K]``, one shape, at least one row; the teacher's must not
-            require a gradient.
-        temperature: above 0, the same for both (a tensor without dimensions serves a grid under ``vmap``).
-
-    Returns:
-        A scalar in nats, in float32 at least; at least 0 within rounding, and 0 where the two distributions agree.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape or value. (NaN gives NaN.)
-
-    Source: Hinton, Vinyals & Dean 2015, section 2.
+    The logits are floating point ``[..., K]``, of one shape, at least one row; the teacher's must not require a
+    gradient. ``temperature`` is above 0 (a tensor without dimensions serves a grid under ``vmap``). The scalar is in
+    nats and in float32 at least. TypeError, ValueError: what does not fit, with its shape or value. (NaN gives NaN.)
 
     >>> z = torch.tensor([[2.0, 0.0, -1.0]])
     >>> soft_target_loss(z, z, temperature=4.0)
@@ -62,20 +53,15 @@ def kd_loss(
     """(1 − α) · CE(y, softmax(z_s)) + α · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)), a scalar in nats.
 
     ``alpha`` weighs the soft term: 0 is exactly cross-entropy, 1 is exactly :func:`soft_target_loss`. (Beware when
-    comparing code: some projects let alpha weigh the hard term.) :func:`kd_terms` gives the parts by name.
+    comparing code: some projects let alpha weigh the hard term.) Cross-entropy always uses T = 1 (Hinton et al. 2015).
 
     Args:
-        student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`.
-        labels: int64 ``[...]``, from 0 to K − 1. Cross-entropy always uses T = 1.
+        student_logits, teacher_logits, temperature: as in :func:`soft_target_loss`, and the same errors.
+        labels: int64 ``[...]``, from 0 to K − 1.
         alpha: in [0, 1] (a tensor without dimensions serves a grid under ``vmap``).
         labelled: bool ``[...]``, for a transfer set whose labels are only partly known: cross-entropy is the mean over
             the images marked here (0 in a batch without any), the soft term still the mean over all. What ``labels``
             holds elsewhere is never read. ``None``: every label counts.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape or value.
-
-    Source: Hinton, Vinyals & Dean 2015, section 2.
 
     >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])
     >>> kd_loss(student, teacher, torch.tensor([0]), temperature=2.0, alpha=0.5)
@@ -87,17 +73,10 @@ def kd_loss(
 
 
 def kd_terms(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-    labelled: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """:func:`kd_loss` by name: ``"loss"``, and unweighted ``"ce"`` and ``"soft"`` (which carries its T²).
-
-    All three are there whatever alpha is, so that a curve of the one that is not trained can be drawn too.
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float | Tensor,
+    alpha: float | Tensor, labelled: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """:func:`kd_loss` by name: ``"loss"``, and, whatever alpha is, unweighted ``"ce"`` and ``"soft"`` (with its T²).
 
     >>> z = torch.tensor([[0.0, 0.0]])
     >>> kd_terms(z, z, torch.tensor([0]), temperature=2.0, alpha=0.5)
@@ -109,29 +88,16 @@ def kd_terms(
 
 
 def decoupled_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-    beta: float | Tensor,
-) -> Tensor:
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float | Tensor,
+    alpha: float | Tensor, beta: float | Tensor,
+) -> Tensor:  # fmt: skip
     """T² · (α · TCKD + β · NCKD): the soft term taken apart into "the right class or not" and "which wrong class".
 
     With p_y the teacher's probability of the right class, KL(p ‖ q) = TCKD + (1 − p_y) · NCKD for each image. A sure
     teacher thus silences the second term, which carries its knowledge about similar classes; here ``beta`` sets its
-    weight for good. Cross-entropy is not part of it: add it with the weight you want.
-
-    Args:
-        student_logits, teacher_logits, labels, temperature: as in :func:`kd_loss`.
-        alpha: weight of the target-class term, at least 0 (1 in the paper).
-        beta: weight of the non-target-class term, at least 0 (2, 6 or 8 by pair of networks in the official code).
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape or value.
-
-    Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", equation 7.
+    weight for good. Cross-entropy is not part of it: add it with the weight you want. ``alpha`` weighs the target-class
+    term (1 in the paper), ``beta`` the other (2, 6 or 8 by pair of networks in the official code), both at least 0;
+    the rest is as in :func:`kd_loss` (Zhao et al. 2022, equation 7).
 
     >>> student, teacher = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0, 0.0]])
     >>> decoupled_kd_loss(student, teacher, torch.tensor([0]), temperature=1.0, alpha=1.0, beta=0.0)
@@ -197,11 +163,7 @@ def frozen(teacher: nn.Module) -> nn.Module:
     and a class derived from the teacher's: ``train()`` leaves it in eval mode, also when it is called through a module
     that contains it; a part that was put into train mode by itself is put back before the next answer; and answers are
     computed without gradients, whatever ``requires_grad_`` said. A compiled teacher gives a frozen, compiled copy.
-
-    Raises:
-        TypeError: not a ``torch.nn.Module``.
-        UnsupportedModel: (a ValueError) what :func:`course_lib.gate.copy_model` refuses, such as a scripted module or
-            weights under ``torch.nn.utils.prune``.
+    UnsupportedModel: what :func:`course_lib.gate.copy_model` refuses.
 
     >>> teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
     >>> expert = frozen(teacher).train()
@@ -244,27 +206,15 @@ def _empty_frozen(module_class: type[nn.Module]) -> nn.Module:
 
 
 def teacher_table(
-    teacher: nn.Module | Sequence[nn.Module],
-    images: Tensor | Sequence,
-    *,
-    layer: str | None = None,
+    teacher: nn.Module | Sequence[nn.Module], images: Tensor | Sequence, *, layer: str | None = None,
     batch_size: int = 1024,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A teacher's answers to a fixed transfer set, computed once, in eval mode: the student's epochs look them up.
 
     Right only where image i never changes: with random augmentation the teacher must see the same view as the student
-    (Beyer et al. 2022), so no table can serve.
-
-    Args:
-        teacher: one module, or R of them; each stays as it was.
-        images: ``[N, ...]`` or a split that holds them as ``.images``, for every teacher; or R such, one a teacher.
-        layer: the name of a layer whose output is wanted instead of the logits.
-
-    Returns:
-        ``[N, K]`` (or ``[N, ...]`` of the layer) for one teacher, ``[R, N, K]`` for R, without gradient.
-
-    Raises:
-        ValueError: no images, another number of image sets than of teachers, no such layer.
+    (Beyer et al. 2022). ``images`` are ``[N, ...]``, or a split, for every teacher; or one such a teacher. The table is
+    ``[N, K]`` (``[N, ...]`` of the ``layer`` of that name) for one teacher, ``[R, N, K]`` for R, without gradient.
+    ValueError: no images, another number of image sets than of teachers, no such layer.
 
     >>> teacher_table(nn.Linear(4, 3), torch.ones(5, 4)).shape
     torch.Size([5, 3])
@@ -294,14 +244,12 @@ def checked(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tu
     check_float("student_logits", student)
     check_float("teacher_logits", teacher)
     if student.shape != teacher.shape or student.numel() == 0:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same shape [..., K] and not be an empty batch, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
+        need = "student_logits and teacher_logits must have the same shape [..., K] and not be an empty batch"
+        raise ValueError(f"{need}, got {tuple(student.shape)} and {tuple(teacher.shape)}")
     if teacher.requires_grad:
         raise ValueError(
-            "teacher_logits require a gradient, so this loss would train the teacher towards the student: compute them "
-            "with frozen(teacher), or pass teacher_logits.detach(); or are student and teacher swapped?"
+            "teacher_logits require a gradient, so this loss would train the teacher: compute them with "
+            "frozen(teacher), or pass teacher_logits.detach(); or are student and teacher swapped?"
         )
     T = check_number("temperature", temperature, above_zero=True)
     student = widen(student)
@@ -310,9 +258,8 @@ def checked(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tu
 
 def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None, *, in_range: bool = False) -> Tensor:
     """Class indices, one a row of logits; 0 where the bool ``labelled`` says that there is none."""
-    for name, given, dtype in (("labels", labels, torch.int64), ("labelled", labelled, torch.bool)):
-        if given is None and dtype == torch.bool:
-            continue
+    marks = [] if labelled is None else [("labelled", labelled, torch.bool)]
+    for name, given, dtype in (("labels", labels, torch.int64), *marks):
         if not isinstance(given, Tensor) or given.dtype != dtype:
             kind = f"dtype {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
             raise TypeError(f"{name} must be a {dtype} tensor, one entry a row of logits, got {kind}")

@@ -14,13 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from course_lib.gate import UnsupportedModel
 from course_lib.methods.temperature import check_float, widen
 
-__all__ = [
-    "attention_map",
-    "attention_map_loss",
-    "hint_loss",
-    "relational_distance_loss",
-    "tap_features",
-]
+__all__ = ["attention_map", "attention_map_loss", "hint_loss", "relational_distance_loss", "tap_features"]
 
 
 def tap_features(
@@ -28,16 +22,10 @@ def tap_features(
 ) -> RemovableHandle:
     """Write the output of one layer into ``into[layer_name]`` at every forward pass of ``model``.
 
-    Args:
-        model: changed in place: it gets the hook, and the adapter if there is one; its own output stays as it was.
-        layer_name: a name from ``model.named_modules()``, such as ``"pool1"``. Of a layer that is called twice in one
-            pass, the last output stays.
-        into: any dict; each forward pass overwrites the entry.
-        adapter: FitNets' regressor: maps the layer's output to the teacher's shape before it is written. It becomes the
-            submodule ``<layer_name>.adapter``, so that an optimiser over ``model.parameters()`` trains it too.
-
-    Returns:
-        A handle whose ``remove()`` takes the hook (not the adapter) off again; also a context manager.
+    The model is changed in place: it gets the hook; its own output stays as it was. ``adapter``, FitNets' regressor,
+    maps the layer's output to the teacher's shape before it is written, and becomes the submodule
+    ``<layer_name>.adapter``, so that an optimiser over ``model.parameters()`` trains it too. Returns a handle whose
+    ``remove()`` takes the hook (not the adapter) off again; also a context manager.
 
     Raises:
         ValueError: the model has no such layer, or the layer has an adapter already.
@@ -55,10 +43,8 @@ def tap_features(
         raise ValueError(f"no layer {layer_name!r} in the model; it has: {', '.join(name for name in layers if name)}")
     layer = layers[layer_name]
     if len(names := [name for name, module in layers.items() if module is layer]) > 1:
-        raise UnsupportedModel(
-            f"{', '.join(names)} are one {type(layer).__name__}: its last output would overwrite the others; "
-            f"give {layer_name!r} a module of its own"
-        )
+        cure = f"its last output would overwrite the others; give {layer_name!r} a module of its own"
+        raise UnsupportedModel(f"{', '.join(names)} are one {type(layer).__name__}: {cure}")
     if adapter is not None:
         if hasattr(layer, "adapter"):
             raise ValueError(f"layer {layer_name!r} has an adapter already")
@@ -74,20 +60,10 @@ def tap_features(
 
 
 def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Mean squared difference between a student's (adapted) features and the teacher's hint.
+    """Mean squared difference between a student's (adapted) features and the teacher's hint, both ``[N, ...]``.
 
-    Args:
-        student_features: floating point ``[N, ...]``, after the adapter.
-        teacher_features: the same shape, without gradient.
-
-    Returns:
-        A scalar in squared units of the features, averaged over images and features. (The paper sums over features and
-        halves; the mean keeps one weight usable for every width.)
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape.
-
-    Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", equation 3.
+    The teacher's come without gradient. (The paper sums over features and halves; the mean keeps one weight usable for
+    every width: Romero et al. 2015, "FitNets", equation 3.) TypeError, ValueError: what does not fit, with its shape.
 
     >>> hint_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(2.)
@@ -99,16 +75,8 @@ def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 def attention_map(features: Tensor) -> Tensor:
     """Where a layer looks: the mean square over channels at each position, scaled to length 1 for each image.
 
-    Args:
-        features: floating point ``[N, C, H, W]``; the number of channels is averaged away.
-
-    Returns:
-        ``[N, H·W]``, at least 0, Euclidean length 1 (0 where all features are 0).
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape.
-
-    Source: Zagoruyko & Komodakis 2017, "Paying More Attention to Attention", section 3.1.
+    ``features`` are ``[N, C, H, W]``, the map ``[N, H·W]``, at least 0, of Euclidean length 1 (0 where all features are
+    0). Zagoruyko & Komodakis 2017, "Paying More Attention to Attention", section 3.1.
 
     >>> attention_map(torch.tensor([[[[3.0, 0.0]], [[0.0, 0.0]]]]))
     tensor([[1., 0.]])
@@ -122,15 +90,9 @@ def attention_map(features: Tensor) -> Tensor:
 def attention_map_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Squared distance between the two attention maps, averaged over images: a scalar without unit in [0, 2].
 
-    Args:
-        student_features: floating point ``[N, C_s, H, W]``.
-        teacher_features: ``[N, C_t, H, W]``, any number of channels, without gradient.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape; other images, heights or widths.
-
-    Source: Zagoruyko & Komodakis 2017, equation 2 (one pair of layers, p = 2; they weigh it with 1,000 after a *mean*
-    over positions, which is 1,000 / (H·W) on this sum).
+    Features are ``[N, C, H, W]``, with any number of channels each, the teacher's without gradient. Zagoruyko &
+    Komodakis 2017, equation 2 (one pair of layers, p = 2; they weigh it with 1,000 after a *mean* over positions, which
+    is 1,000 / (H·W) on this sum). TypeError, ValueError: what does not fit, with its shape.
     """
     student, teacher = checked(student_features, teacher_features, same=slice(2, None))
     difference = attention_map(student) - attention_map(teacher)
@@ -140,17 +102,9 @@ def attention_map_loss(student_features: Tensor, teacher_features: Tensor) -> Te
 def relational_distance_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Huber difference between the two nets' distances among the images of a batch, each in units of their mean.
 
-    Args:
-        student_features: floating point ``[N, ...]`` with N ≥ 2, flattened to ``[N, D_s]``; D_s need not be D_t.
-        teacher_features: ``[N, ...]`` for the same images, without gradient.
-
-    Returns:
-        A scalar without unit, averaged over the N² pairs.
-
-    Raises:
-        TypeError, ValueError: what does not fit the above, with its shape.
-
-    Source: Park et al. 2019, "Relational Knowledge Distillation", equations 5 to 7.
+    Features are ``[N, ...]`` for the same N ≥ 2 images, of any size each, the teacher's without gradient; the scalar
+    has no unit and is averaged over the N² pairs (Park et al. 2019, "Relational Knowledge Distillation", equations 5 to
+    7). TypeError, ValueError: what does not fit, with its shape.
     """
     student, teacher = checked(student_features, teacher_features, same=slice(0, 1), least=2)
     return F.smooth_l1_loss(relative_distances(student), relative_distances(teacher))
@@ -177,13 +131,10 @@ def checked(student: Tensor, teacher: Tensor, *, same: slice, least: int = 1) ->
     """Features of as many images and equal ``shape[same]``, in float32 at least, the teacher's without gradient."""
     shapes = [tuple(check_float(f"{n}_features", f).shape) for n, f in (("student", student), ("teacher", teacher))]
     if shapes[0][0] != shapes[1][0] or shapes[0][same] != shapes[1][same] or shapes[0][0] < least:
-        raise ValueError(
-            f"student_features {shapes[0]} and teacher_features {shapes[1]} must come from the same images, at least "
-            f"{least}, and fit: give tap_features an adapter, or choose layers of equal size"
-        )
+        given = f"student_features {shapes[0]} and teacher_features {shapes[1]} must come from the same images"
+        cure = "give tap_features an adapter, or choose layers of equal size"
+        raise ValueError(f"{given}, at least {least}, and fit: {cure}")
     if teacher.requires_grad:
-        raise ValueError(
-            "teacher_features require a gradient, so this loss would train the teacher: read them from "
-            "frozen(teacher), or pass teacher_features.detach()"
-        )
+        cure = "read them from frozen(teacher), or pass teacher_features.detach()"
+        raise ValueError(f"teacher_features require a gradient, so this loss would train the teacher: {cure}")
     return widen(student), widen(teacher)

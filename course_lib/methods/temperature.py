@@ -20,18 +20,9 @@ def softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim
     T = 1 is the plain softmax, T → 0 puts everything on the largest logit (ties share), T → ∞ tends to uniform. The
     largest logit is taken away *before* the division, so that neither logits of ±1e4 nor T = 1e-30 overflow.
 
-    Args:
-        logits: floating point ``[..., K]``; ``-inf`` means "impossible", as long as each row has a finite entry.
-        temperature: a number above 0, or a tensor without dimensions (under ``vmap``, one a replica).
-        dim: the dimension that holds the K classes.
-
-    Returns:
-        Shape and dtype of ``logits`` (half precision is computed in float32); sums to 1 along ``dim``.
-
-    Raises:
-        TypeError: logits that are no floating-point tensor, a temperature that is no number.
-        ValueError: a temperature that is not finite and above 0; no class; NaN or +inf in ``logits``.
-
+    ``logits`` are floating point ``[..., K]``; ``-inf`` means "impossible", as long as each row has a finite entry.
+    ``temperature`` is a number above 0, or a tensor without dimensions (under ``vmap``, one a replica). The answer has
+    the dtype of ``logits`` (half precision is computed in float32). TypeError, ValueError: what does not fit; NaN.
     Source: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", equation 1.
 
     >>> softmax_with_temperature(torch.tensor([2.0, 1.0, 0.0]), 1.0)
@@ -48,16 +39,8 @@ def softmax_with_temperature(logits: Tensor, temperature: float | Tensor, *, dim
 def entropy(probabilities: Tensor, *, dim: int = -1) -> Tensor:
     """Entropy −Σ p log p in nats (divide by log 2 for bits), from 0 (certain) to log K (uniform); 0 · log 0 is 0.
 
-    Args:
-        probabilities: floating point ``[..., K]``, each in [0, 1], adding up to 1 along ``dim``.
-        dim: the dimension that holds the K classes.
-
-    Returns:
-        The shape of ``probabilities`` without ``dim``, in float32 at least.
-
-    Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: no class, an entry outside [0, 1] or NaN, sums that are not 1 (logits, perhaps).
+    ``probabilities`` are floating point ``[..., K]``, each in [0, 1], adding up to 1 along ``dim``, or it is a
+    TypeError or ValueError; the answer has their shape without ``dim``, in float32 at least.
 
     >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     tensor([0.6931, 0.0000])

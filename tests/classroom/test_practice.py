@@ -221,7 +221,7 @@ def test_the_answers_agree_with_the_library():
     from course_lib.evidence.calibration import expected_calibration_error, fit_temperature
     from course_lib.evidence.plots import pareto_front
     from course_lib.methods import distillation, distillation_features, pruning, quantization, temperature
-    from course_lib.methods.huffman import huffman_code
+    from course_lib.methods.coding import huffman_code
 
     def range_of(low, high, bits):
         found = quantization.qparams_from_range(low, high, bits, symmetric=False)

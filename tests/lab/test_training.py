@@ -194,7 +194,7 @@ def test_a_bar_only_for_a_person(few, monkeypatch, capsys):
     monkeypatch.delenv("COURSE_UNATTENDED", raising=False)
     fit(mlp(), few, TrainConfig(epochs=1), progress=True)
     assert capsys.readouterr().err == ""  # over before a bar would help
-    monkeypatch.setattr("course_lib.lab.training.progress_bar.delay", 0)
+    monkeypatch.setattr("course_lib.lab.training.BAR_DELAY", 0)
     fit(mlp(), few, TrainConfig(epochs=1), progress=True)
     assert "epochs" in capsys.readouterr().err
     monkeypatch.setenv("COURSE_UNATTENDED", "1")
