@@ -55,7 +55,7 @@ def count_claims(claims: Sequence[dict[str, Any]]) -> str:
     return f"{len(claims)} claims: {holds} hold, {fails} fail, {elsewhere} do not hold here"
 
 
-def show_claims(paths: Sequence[Path], notebooks: Path, *, as_json: bool = False) -> int:
+def show_claims(paths: Sequence[Path], notebooks: Path) -> int:
     """Print the claims of executed notebooks or folders of them (by default the newest run, else the stored lessons).
 
     Returns 1 if a claim is false or a lesson did not run to its end, else 0.
@@ -66,14 +66,12 @@ def show_claims(paths: Sequence[Path], notebooks: Path, *, as_json: bool = False
     files = [f for path in paths for f in (_executed(path) if path.is_dir() else [path])]
     claims = claims_of(files)
     errors = [f"{shown_path(file)} did not run to its end" for file in files if file.stem.endswith("-failed")]
-    if as_json:
-        print(json.dumps({"claims": claims, "errors": errors}, indent=1, ensure_ascii=False, default=str))
-    elif not claims and not errors:
-        raise CourseError(f"no claims in {', '.join(map(shown_path, paths))}: run `python -m course_lib run` first")
-    else:
-        print(f"claims of {', '.join(map(shown_path, paths))}")
-        show_table(("", "claim", "sentence", "measured"), [_row(claim) for claim in claims])
-        print("\n".join([*errors, count_claims(claims)]))
+    places = ", ".join(map(shown_path, paths))
+    if not claims and not errors:
+        raise CourseError(f"no claims in {places}: run `python -m course_lib run` first")
+    print(f"claims of {places}")
+    show_table(("", "claim", "sentence", "measured"), [_row(claim) for claim in claims])
+    print("\n".join([*errors, count_claims(claims)]))
     return 1 if errors or any(claim["status"] == "fails" for claim in claims) else 0
 
 
@@ -222,12 +220,7 @@ def _pictures(path: Path) -> list[tuple[bytes, str]]:
     found = []
     for cell in read_notebook(path)[0]["cells"]:
         for output in cell.get("outputs", ()) if "readme-figure" in cell["metadata"]["tags"] else ():
-            data = output.get("data") or {}
-            tag = re.search(r'<img\b[^>]*src="data:image/png;base64,([^"]+)"[^>]*>', "".join(data.get("text/html", "")))
-            alt = re.search(r'\balt="([^"]*)"', tag[0]) if tag else None
-            if tag:
-                found.append((base64.b64decode(tag[1]), html.unescape(alt[1]) if alt else ""))
-            elif "image/png" in data:
-                about = (output.get("metadata") or {}).get("image/png") or {}
-                found.append((base64.b64decode("".join(data["image/png"])), str(about.get("alt") or "")))
+            text = "".join((output.get("data") or {}).get("text/html", ""))
+            if tag := re.search(r'<img alt="([^"]*)"[^>]*src="data:image/png;base64,([^"]+)"', text):
+                found.append((base64.b64decode(tag[2]), html.unescape(tag[1])))
     return found
