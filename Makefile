@@ -24,7 +24,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 OF_TORCH := ^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev course lab fresh practice test lint format notebooks readme replicate bench lock clean
+.PHONY: help setup setup-dev course lab fresh practice test lint format notebooks readme replicate bench book slides lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -95,6 +95,12 @@ replicate: setup  ## run the lessons under SEEDS="0 1 2 3 4" on DATASET and tell
 
 bench: setup  ## time our batched training and our loss against the usual ways, side by side
 	@$(PY) -m course_lib bench
+
+book: setup-dev  ## web pages from the stored lessons, without a network: build/book/index.html
+	@$(PY) docs/book/build.py build/book
+
+slides: setup-dev  ## a deck for a beamer from each stored lesson, without a network: build/slides/index.html
+	@$(PY) docs/book/slides.py build/slides
 
 # The second lock holds what the developer's tools add to the first.
 lock: setup-dev  ## resolve both locks anew from pyproject.toml, for Linux, macOS and Windows
