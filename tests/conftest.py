@@ -1,6 +1,7 @@
 """What every test shares: a folder of its own for caches, one thread, and the digits once."""
 
 import os
+import shutil
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -28,3 +29,18 @@ def digits():
 def few(digits):
     """130 training images: enough for a few steps with a smaller last batch."""
     return digits.train.subset(range(130))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window; a test that needs it is skipped where there is none."""
+    programs = filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser")))
+    if not (program := next(programs, None)):
+        pytest.skip("no Chromium: install it (`apt-get install chromium`), or name its program in CHROMIUM")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+    # Not longer than a module: while it runs, other tests could not have an event loop of their own.
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=program, args=quiet)
+        yield opened
+        opened.close()
