@@ -100,11 +100,9 @@ def computed(module: nn.Module) -> str:
     # torch.nn.utils.prune and weight_norm leave a plain tensor where the parameter was, and renew it by a hook.
     plain = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
     if nn.utils.parametrize.is_parametrized(module) or (plain and module._forward_pre_hooks):
-        return (
-            f"its {plain[0] if plain else next(iter(module.parametrizations))} is no plain parameter but computed by a "
-            "parametrization; make it permanent first (torch.nn.utils.prune.remove(layer, 'weight') or "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'))"
-        )
+        name = plain[0] if plain else next(iter(module.parametrizations))
+        cure = "torch.nn.utils.prune.remove(layer, 'weight') or ...parametrize.remove_parametrizations(layer, 'weight')"
+        return f"its {name} is no plain parameter but computed by a parametrization; make it permanent first ({cure})"
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
         return "its weight has no shape yet (a lazy layer); run the model once first"
     return ""
@@ -136,9 +134,8 @@ def _hooked(module: nn.Module) -> str:
 def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:
     """A deep copy in which what was shared is shared, and which shares nothing with ``model``.
 
-    Raises:
-        UnsupportedModel: "cannot <doing> '0' (Linear): ...": compiled, scripted or parallel wrappers; weights under
-            ``torch.nn.utils.prune`` or another parametrization; lazy layers; hooks; functions over the model's layers.
+    UnsupportedModel, "cannot <doing> '0' (Linear): ...": compiled, scripted or parallel wrappers; weights under
+    ``torch.nn.utils.prune`` or another parametrization; lazy layers; hooks; functions over the model's layers.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight = model[0].weight
@@ -170,12 +167,9 @@ def replace_layers(
     """A copy of ``model`` in which each linear and 2-D convolution layer is ``convert(name, layer)``.
 
     ``convert`` gets a layer of the copy and its first name. Layers used twice stay one, shared parameters stay shared.
-    ``skip`` names modules (with all inside) and parameters that are to stay as they are.
-
-    Raises:
-        UnsupportedModel: what :func:`copy_model` refuses; a weight that would be left out in silence (a layer with a
-            forward of its own, another kind of layer, a matrix in no layer), a layer that its parent never calls
-            (attention), unless in ``skip``. ValueError: a name in ``skip`` that does not exist.
+    ``skip`` names modules (with all inside) and parameters that are to stay as they are. UnsupportedModel: what
+    :func:`copy_model` refuses; a weight that would be left out in silence (a layer with a forward of its own, another
+    kind of layer, a matrix in no layer), a layer that its parent never calls (attention), unless in ``skip``.
     """
     model = copy_model(model, doing)
     layers = {name: layer for name, layer in weight_layers(model).items() if not _within(name, skip)}

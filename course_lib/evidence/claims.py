@@ -54,9 +54,7 @@ class Claim:
 class Ledger:
     """Collects a lesson's claims. A claim that is made again under its id replaces the earlier one.
 
-    Args:
-        lesson: such as ``"02.1"``.
-        dataset, profile, seed: what this run is on. A false claim fails on ``digits`` with the ``quick`` profile only.
+    ``dataset``, ``profile`` and ``seed`` are what this run is on: a false claim fails on ``digits``, ``quick``, only.
 
     >>> ledger = Ledger("00", dataset="mnist")
     >>> ledger.claim("00.sum", "Two and two make four.", 2 + 2 == 4, measured=4).status
@@ -81,17 +79,12 @@ class Ledger:
         """Record one claim.
 
         Args:
-            id: such as ``"02.sign-mask"``.
-            sentence: the claim as a reader meets it.
+            id: such as ``"02.sign-mask"``; it stands for one ``sentence``, as a reader meets it, or is a ValueError.
             holds: a :class:`~course_lib.evidence.statistics.Verdict` such as ``cost > 10``, or a bool.
-            measured: for a bool: the value, or a text with it. A verdict knows its own.
+            measured: for a bool: the value, or a text with it (else TypeError). A verdict knows its own.
             expected: what the literature expects and this claim refutes, with its source.
-            hardware: what the claim needs of the processor, if anything, such as ``"VNNI"``.
-            here: whether this machine has it; where it has not, a false claim is reported instead of failing.
-
-        Raises:
-            ValueError: an empty id or sentence, or an id that stands for another sentence already.
-            TypeError: ``holds`` is no truth value, or a bool without ``measured``.
+            hardware: what the claim needs of the processor, such as ``"VNNI"``; ``here``: whether this machine has it.
+                Where it has not, a false claim is reported instead of failing.
         """
         if not id or not sentence.strip():
             raise ValueError(f"a claim needs an id and a sentence, got {id!r} and {sentence!r}")

@@ -50,14 +50,9 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...] | Tensor) -> int:
     Counted by torch's ``FlopCounterMode`` (two operations a multiply-accumulate): matrix products, convolutions and
     attention, recurrent and bilinear layers; not element-wise work. A zero in a weight is multiplied like any number.
 
-    Args:
-        model: a module that takes one tensor [1, *input_shape]; its mode and weights stay as they are.
-        input_shape: of one example, without the batch dimension, such as ``(1, 28, 28)``; or a batch of examples, of
-            which the first is taken (for a model of tokens).
-
-    Raises:
-        ValueError: ``input_shape`` is not made of positive integers, or the model does not take such an input.
-        UnsupportedModel: an operator applies a weight in a way that is not known here; the text names both.
+    ``input_shape`` is that of one example, without the batch dimension, such as ``(1, 28, 28)``; or a batch of
+    examples, of which the first is taken (for a model of tokens). ValueError: the model does not take such an input.
+    UnsupportedModel: an operator applies a weight in a way that is not known here; the text names both.
 
     >>> count_macs(nn.Linear(100, 10), (100,))
     1000

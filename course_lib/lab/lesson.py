@@ -10,12 +10,14 @@ from course_lib.evidence.plots import use_style
 from course_lib.evidence.statistics import COVERS, Verdict
 from course_lib.lab import predictions
 from course_lib.lab.data import DATASETS, DataError, Split, load_replicas
+from course_lib.lab.language import Text, load_text
 from course_lib.lab.training import use_threads
 
 __all__ = ["PROFILES", "Lesson"]
 
 PROFILES = ("quick", "full")
 FEWEST_IMAGES = 1000
+PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
 class Lesson:
@@ -28,28 +30,15 @@ class Lesson:
         seed: another seed draws everything anew: initial weights, the order of images, every replica's split.
         replicas: how many networks stand behind every interval in the quick profile on the digits; other data sets,
             whose images are larger, take at most 8.
-        threads: of torch, at most.
 
-    Attributes:
-        data: each replica's ``train`` and ``test``, and ``val`` for all (:func:`~course_lib.lab.data.load_replicas`).
-        seeds: int64 array [R], one for each replica; ``seeds + 1000`` are others.
-        covers: what ± covers in words.
-
-    Raises:
-        ValueError: an unknown data set or profile. DataError: the data set is not there, or not usable.
+    ``data`` has each replica's ``train`` and ``test``, and ``val`` for all; ``seeds``, int64 [R], one for each replica
+    (``seeds + 1000`` are others); ``covers`` says what ± covers. DataError: the data set is not there, or not usable.
     """
 
     def __init__(
-        self,
-        number: str,
-        *,
-        dataset: str = "digits",
-        profile: str = "quick",
-        seed: int = 0,
-        replicas: int = 24,
-        threads: int = 2,
-        quiet: bool = False,
-    ):
+        self, number: str, *, dataset: str = "digits", profile: str = "quick", seed: int = 0, replicas: int = 24,
+        threads: int = 2, quiet: bool = False,
+    ):  # fmt: skip
         for name, value, known in (("dataset", dataset, DATASETS), ("profile", profile, PROFILES)):
             if value not in known:
                 close = difflib.get_close_matches(str(value), known, n=1)
@@ -58,17 +47,17 @@ class Lesson:
         use_threads(threads)
         use_style()
         torch.manual_seed(int(seed))
-        count = (replicas if dataset == "digits" else min(replicas, 8)) * (2 if profile == "full" else 1)
+        count = (replicas if text or dataset == "digits" else min(replicas, 8)) * (2 if profile == "full" else 1)
         limit = {} if profile == "quick" else {"most": None}
         self.number, self.dataset, self.profile, self.seed = number, dataset, profile, int(seed)
-        self.data = load_replicas(dataset, count, seed=seed, **limit)
+        self.data = load_text() if text else load_replicas(dataset, count, seed=seed, **limit)
         # Far apart, so that neither other seeds of the course nor `seeds + 1000` meet these.
         self.seeds = np.arange(count) + 100_000 * self.seed
         fixed = isinstance(self.data.test, Split)
-        self.covers = "training and " + ("choice of training images" if fixed else "split")
+        self.covers = "training" + ("" if text else " and choice of training images" if fixed else " and split")
         COVERS[:] = [self.covers]
         self.ledger = Ledger(number, dataset=dataset, profile=profile, seed=self.seed)
-        if missing := self.data.num_classes - len(self.data.val.labels.unique()):
+        if not text and (missing := self.data.num_classes - len(self.data.val.labels.unique())):
             raise DataError(f"{missing} of the {self.data.num_classes} classes of {dataset} have no images here")
         if not quiet:
             print(self)
@@ -86,6 +75,10 @@ class Lesson:
         predictions.own_calibration()
 
     def __str__(self) -> str:
+        if isinstance(self.data, Text):
+            lengths = [f"{len(getattr(self.data, part)):,} {name}" for part, name in PARTS.items()]
+            what = f"text, the same for every dataset: {', '.join(lengths)} symbols of {len(self.data.alphabet)} kinds"
+            return f"{what}; {len(self.seeds)} replicas; ± covers {self.covers}"
         train, test = self.data.train.images_each, self.data.test
         fixed = isinstance(test, Split)
         each = f"its own {train:,} training" + ("" if fixed else f" and {test.images_each:,} test") + " images"

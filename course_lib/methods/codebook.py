@@ -107,9 +107,8 @@ def share_weights(
     """A copy of ``model`` whose linear and convolution weights come from one codebook a layer, ready for fine-tuning.
 
     Its parameters are the centroids and the biases; :func:`plain` gives ordinary layers back. Tied layers stay tied.
-    ``bits``, 1 to 8, are for all layers or by name (layers not named stay as they are, as those in ``skip`` do);
-    ``options`` are ``keep_zeros`` and ``iterations`` of :func:`kmeans_codebook`. UnsupportedModel: see
-    :func:`~course_lib.gate.replace_layers`. ValueError: bits or a name that does not fit, NaN or infinite weights.
+    ``bits``, 1 to 8, are for all layers or by name (others, and those in ``skip``, stay as they are); ``options`` are
+    those of :func:`kmeans_codebook`. UnsupportedModel: see :func:`~course_lib.gate.replace_layers`.
 
     >>> shared = share_weights(nn.Linear(20, 10), bits=2)
     >>> sorted(name for name, _ in shared.named_parameters()), shared.made_weight().unique().numel() <= 4

@@ -180,9 +180,8 @@ def integer_layer(
     if isinstance(layer, nn.Conv2d):
         numbers = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         if layer.groups != 1 or set(layer.dilation) != {1} or not numbers:
-            raise UnsupportedModel(
-                f"{layer} is not supported: groups=1, dilation=1, zero padding in numbers are needed"
-            )
+            need = "groups=1, dilation=1, zero padding in numbers are needed"
+            raise UnsupportedModel(f"{layer} is not supported: {need}")
         sizes = {"stride": tuple(layer.stride), "padding": tuple(layer.padding)}
     bias = layer.bias.detach() if layer.bias is not None else torch.zeros(len(layer.weight))
     w_q = room_for_bias(layer.weight.detach(), bias, x_q, per_channel)

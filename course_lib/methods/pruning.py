@@ -165,13 +165,10 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def prune_(model: nn.Module, sparsity: float, *, scope: str = "global", score: Score | None = None) -> Masks:
     """Set the least important of :func:`prunable_weights` to zero, in place; returns ``{name: mask of what stays}``.
 
-    Args:
-        sparsity: share of zeros afterwards, in [0, 1): exactly ``round(sparsity · count)`` of all weights, or in each
-            layer or row, as in ``torch.nn.utils.prune``. Zeros that are there already count, and go first.
-        scope: one of :data:`SCOPES`.
-        score: ``score(name, weight)`` or ``{name: tensor}``, of the weight's shape; default :func:`magnitude_score`.
-
-    ValueError: an argument that does not fit, NaN or infinite weights, NaN scores. The model is as it was.
+    ``sparsity``, in [0, 1), is the share of zeros afterwards: exactly ``round(sparsity · count)`` of all weights, or in
+    each layer or row (``scope``, one of :data:`SCOPES`), as in ``torch.nn.utils.prune``; zeros that are there already
+    count, and go first. ``score(name, weight)`` or ``{name: tensor}`` has the weight's shape; default
+    :func:`magnitude_score`. ValueError, and the model is as it was: what does not fit, NaN or infinite weights.
     """
     masks = make_masks(prunable_weights(model), sparsity, scope=scope, score=score)
     apply_masks_(model, masks)
@@ -200,10 +197,8 @@ def _score_of(name: str, weight: Tensor, score: Score | None) -> Tensor:
     real_tensor(weight, name)
     if isinstance(score, Mapping) and name not in score:
         raise ValueError(f"score has no entry for {name!r}; it has: {', '.join(map(str, score)) or 'none'}")
-    if isinstance(score, Mapping):
-        value = score[name]
-    else:
-        value = magnitude_score(weight) if score is None else score(name, weight.detach().clone())
+    find = score.get if isinstance(score, Mapping) else score or (lambda name, weight: magnitude_score(weight))
+    value = find(name, weight.detach().clone())
     value = real_tensor(value, f"the score of {name}", finite=False)
     if value.shape != weight.shape:
         raise ValueError(f"the score of {name} must have shape {tuple(weight.shape)}, got {tuple(value.shape)}")

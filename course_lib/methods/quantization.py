@@ -158,11 +158,9 @@ def choose_qparams(
 ) -> QuantParams:
     """The grid that just covers the values of ``x`` (min-max), with 0.0 on it: they come back within half a step.
 
-    Args:
-        x: finite floating-point tensor of any shape and precision, not empty; zeros alone get scale 1.
-        symmetric: zero point 0 and integers ±(2^(bits-1) - 1), in int8; or 0 to 2^bits - 1, in uint8.
-        axis: dimension with one scale for each of its slices, perhaps negative; ``None`` for one scale in all.
-        group: instead of ``axis``: numbers of the last dimension that share a scale; has to divide its length.
+    ``x``: finite floats of any shape, not empty; zeros alone get scale 1. ``symmetric``: zero point 0 and integers
+    ±(2^(bits-1) - 1), in int8; or 0 to 2^bits - 1, in uint8. ``axis``: the dimension with one scale for each of its
+    slices; or ``group``: numbers of the last dimension that share a scale, a divisor of its length.
 
     >>> q = choose_qparams(torch.tensor([-1.0, 0.0, 0.5, 2.0]), bits=4)
     >>> round(q.scale.item(), 4), q.zero_point.item(), q.qmin, q.qmax

@@ -90,7 +90,7 @@ def fake_quantized(
     """A copy of ``model`` whose linear and convolution layers compute with numbers on a grid.
 
     As it stands that is post-training quantization; trained further it is quantization-aware training. Biases stay
-    float, tied layers stay tied. :func:`plain` gives ordinary layers with the quantized weights.
+    float, tied layers stay tied; :func:`plain` gives ordinary layers back.
 
     Args:
         weight_bits: 2 to 8, symmetric; or by layer name (mixed precision): others, and those in ``skip``, stay float.
@@ -98,9 +98,8 @@ def fake_quantized(
             images ``calibration`` [N, ...] by a ``method`` of :func:`calibrate`.
         per_channel: a weight scale for each output channel; or one for each ``group`` consecutive weights of an output.
 
-    Raises:
-        UnsupportedModel: see :func:`~course_lib.gate.replace_layers`; a layer that the calibration images do not reach;
-            tied layers with different bits. ValueError: bits, names, group or calibration data that do not fit.
+    UnsupportedModel: see :func:`~course_lib.gate.replace_layers`; a layer that the calibration images do not reach;
+    tied layers with different bits. ValueError: bits, names, group or calibration data that do not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> fake_quantized(model, weight_bits={"0": 2, "2": 8})[0].made_weight().unique().numel() <= 3 * 3
@@ -204,18 +203,15 @@ def calibrate(
     >>> [round(calibrate(x, bits=4, method=m).scale.item(), 3) for m in METHODS]
     [0.533, 0.067, 0.425]
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown calibration method {method!r} (there are: {', '.join(METHODS)})")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
+    if method not in METHODS or not 0 < percentile <= 100:
+        fits = f"one of {', '.join(METHODS)}, percentile above 0 and at most 100"
+        raise ValueError(f"method must be {fits}, got {method!r} and {percentile!r}")
     candidates = whole_number(candidates, "candidates", 2)
-    if not isinstance(samples, Iterable):
-        raise TypeError(f"samples must be a tensor or several, got {type(samples).__name__}")
     tensors = [samples] if isinstance(samples, Tensor) else list(samples)
     values = [check_real(t, "samples", empty=True).flatten().float() for t in tensors]
-    x = torch.cat(values).sort().values if values else torch.zeros(0)
-    if not len(x):
+    if not sum(map(len, values)):
         raise ValueError("calibration is empty: it needs at least one recorded value")
+    x = torch.cat(values).sort().values
     low, high = x[0], x[-1]
     if method == "percentile":
         dropped = min(math.ceil(len(x) * (100 - percentile) / 200 - 1e-6), (len(x) - 1) // 2)  # at each end

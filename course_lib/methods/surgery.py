@@ -22,9 +22,9 @@ class CouplingError(UnsupportedModel):
 
     def __init__(self, layer: str, coupling: str):
         self.layer, self.coupling = layer, coupling
+        fits = "remove_neurons follows plain chains of layers; for arbitrary graphs use torch-pruning"
         super().__init__(
-            f"cannot remove neurons of {layer!r}: {coupling}. remove_neurons follows plain chains of layers; "
-            "for arbitrary graphs use torch-pruning (https://github.com/VainF/Torch-Pruning)"
+            f"cannot remove neurons of {layer!r}: {coupling}. {fits} (https://github.com/VainF/Torch-Pruning)"
         )
 
 
@@ -36,10 +36,9 @@ def remove_neurons(model: nn.Module, layer_name: str, keep: Tensor | Sequence[in
     ``requires_grad`` are kept. ``layer_name`` is that of an ``nn.Linear`` or ``nn.Conv1d/2d/3d``; ``keep`` a bool mask
     ``[out]`` of what stays, or distinct indices in [0, out) in any order.
 
-    Raises:
-        CouplingError: a residual sum, a concatenation, groups, a shared layer or weight, logits, a layer over all
-            neurons (LayerNorm, attention), a hard-coded size, an unknown operation, what cannot be traced or copied.
-        ValueError: an unknown name, another kind of layer, a ``keep`` that does not fit. TypeError: ``keep`` of floats.
+    CouplingError: a residual sum, a concatenation, groups, a shared layer or weight, logits, a layer over all neurons
+    (LayerNorm, attention), a hard-coded size, an unknown operation, what cannot be traced or copied. ValueError,
+    TypeError: an unknown name, another kind of layer, a ``keep`` that does not fit.
 
     >>> small = remove_neurons(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), "0", [0, 2])
     >>> small[0].weight.shape, small[2].weight.shape
@@ -313,9 +312,8 @@ def _indices(keep: Tensor | Sequence[int] | Sequence[bool], size: int, layer_nam
         raise TypeError(f"keep must be a bool mask or integer indices, got dtype {given.dtype}")
     unique = (given.nonzero().flatten() if mask else given.long()).unique()
     if unique[0] < 0 or unique[-1] >= size:
-        raise ValueError(
-            f"keep has indices outside [0, {size}): {unique[(unique < 0) | (unique >= size)].tolist()[:5]}"
-        )
+        outside = unique[(unique < 0) | (unique >= size)].tolist()[:5]
+        raise ValueError(f"keep has indices outside [0, {size}): {outside}")
     if not mask and len(unique) != count:
         raise ValueError(f"keep repeats indices: {count} given, {len(unique)} distinct (a mask must be of dtype bool)")
     return unique

@@ -268,14 +268,14 @@ def test_bad_samples_constants_and_half_precision(method):
 
 
 @pytest.mark.parametrize(("samples", "options", "error", "text"), [
-    (torch.ones(4), {"method": "entropy"}, ValueError, "unknown calibration method 'entropy'"),
+    (torch.ones(4), {"method": "entropy"}, ValueError, "method must be one of minmax, .*, got 'entropy'"),
     (torch.ones(4), {"bits": 9}, ValueError, "from 2 to 8"),
-    (torch.ones(4), {"percentile": 0}, ValueError, "percentile must be above 0"),
-    (torch.ones(4), {"percentile": 101}, ValueError, "percentile must be above 0"),
-    (torch.ones(4), {"percentile": math.nan}, ValueError, "percentile must be above 0"),
+    (torch.ones(4), {"percentile": 0}, ValueError, "percentile above 0 and at most 100, got"),
+    (torch.ones(4), {"percentile": 101}, ValueError, "percentile above 0 and at most 100, got"),
+    (torch.ones(4), {"percentile": math.nan}, ValueError, "percentile above 0 and at most 100, got"),
     (torch.ones(4), {"candidates": 1}, ValueError, "at least 2"),
     (torch.ones(4), {"candidates": 2.5}, TypeError, "at least 2"),
-    (torch.tensor([1, 2]), {}, TypeError, "floating-point"), (None, {}, TypeError, "got NoneType"),
+    (torch.tensor([1, 2]), {}, TypeError, "floating-point"), (None, {}, TypeError, "not iterable"),
     ([1.0], {}, TypeError, "got float"),
 ])  # fmt: skip
 def test_bad_options(samples, options, error, text):
