@@ -30,6 +30,7 @@ class Lesson:
         seed: another seed draws everything anew: initial weights, the order of images, every replica's split.
         replicas: how many networks stand behind every interval in the quick profile on the digits; other data sets,
             whose images are larger, take at most 8.
+        text: the lesson is about text, the same for every ``dataset`` and seed, and ``data`` is that of ``load_text``.
 
     ``data`` has each replica's ``train`` and ``test``, and ``val`` for all; ``seeds``, int64 [R], one for each replica
     (``seeds + 1000`` are others); ``covers`` says what ± covers. DataError: the data set is not there, or not usable.
@@ -37,7 +38,7 @@ class Lesson:
 
     def __init__(
         self, number: str, *, dataset: str = "digits", profile: str = "quick", seed: int = 0, replicas: int = 24,
-        threads: int = 2, quiet: bool = False,
+        threads: int = 2, text: bool = False, quiet: bool = False,
     ):  # fmt: skip
         for name, value, known in (("dataset", dataset, DATASETS), ("profile", profile, PROFILES)):
             if value not in known:

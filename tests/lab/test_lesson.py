@@ -51,3 +51,14 @@ def test_other_data_have_a_fixed_test_set_and_a_small_one_is_told(tmp_path, monk
     write(tmp_path / "MNIST/raw", idx_files(train=300, test=30))
     Lesson("02.1", dataset="mnist", threads=1)
     assert "fewer than the 1,000 training images that the course is made for" in capsys.readouterr().out
+
+
+def test_a_lesson_on_text_loads_no_images(monkeypatch, capsys):
+    monkeypatch.setenv("COURSE_DATA", "/nowhere")
+    lesson = Lesson("08.1", dataset="cifar10", replicas=3, profile="full", text=True, threads=1)
+    train, val, test = (len(tokens) for tokens in (lesson.data.train, lesson.data.val, lesson.data.test))
+    assert capsys.readouterr().out == (
+        f"text, the same for every dataset: {train:,} training, {val:,} validation, {test:,} test symbols "
+        f"of {len(lesson.data.alphabet)} kinds; 6 replicas; ± covers training\n"
+    )
+    assert COVERS == ["training"]
