@@ -95,7 +95,7 @@ def train_or_load(
         problem = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(f"{path}.lock"))
+            held.enter_context(FileLock(f"{path}.lock", mode=0o666))  # by any user, also after its maker was killed
         except OSError as error:
             problem = f"{path} cannot be kept, training without it: {error}"
         if not problem and path.exists():
