@@ -64,7 +64,7 @@ def fold(cell: dict) -> None:
     cell["source"] = cell["source"].removeprefix("# NBVAL_CHECK_OUTPUT\n")
     jupyter, tags, first = cell["metadata"].get("jupyter", {}), cell["metadata"]["tags"], cell["source"].split("\n")[0]
     source = "hide-input" in tags or jupyter.get("source_hidden") or "parameters" in tags
-    answer = jupyter.get("outputs_hidden")
+    answer = jupyter.get("outputs_hidden") and cell["outputs"]
     if not cell["outputs"] and cell["source"].startswith("lesson.predict("):
         tags.append("remove-cell")  # boxes to click on, which only a kernel can show
     tags[:] = [tag for tag in tags if not tag.startswith("hide-")]
