@@ -24,7 +24,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 OF_TORCH := ^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev course lab fresh practice test lint format notebooks readme replicate bench book slides lock clean
+.PHONY: help setup setup-dev course lab fresh practice test lint format notebooks readme replicate bench demo book slides lock clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,9 @@ lab: setup  ## open JupyterLab on work/, your own copy of the lessons; LAB_FLAGS
 
 fresh: setup  ## bring notebooks of work/ back, such as FILES="02.1 02_pruning/practice"; asks, and keeps yours beside them
 	@$(PY) -m course_lib fresh $(FILES)
+
+demo: setup-dev  ## write docs/demo.html anew: a page without a network on which a drawn digit meets six networks
+	@$(PY) -m course_lib.classroom.demo docs/demo.html
 
 practice: setup  ## make the practice notebooks anew from their solutions
 	@$(PY) -m course_lib practice generate

@@ -60,7 +60,7 @@ def test_the_readme_shows_what_the_stored_lessons_measured_and_leads_to_them():
 
 def test_make_alone_prints_every_target():
     shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    wanted = "setup course lab practice test lint format notebooks readme replicate bench book slides lock clean"
+    wanted = "setup course lab practice test lint format notebooks readme replicate bench demo book slides lock clean"
     for target in wanted.split():
         assert re.search(rf"^  make {target} +\S", shown, re.M), target
 
