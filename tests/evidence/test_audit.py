@@ -10,14 +10,9 @@ from scipy import stats
 from torch import nn
 from torchmetrics.functional.classification import multiclass_recall
 
-from course_lib.evidence.audit import (
-    churn,
-    class_recall,
-    find_exemplars,
-    map_agreement,
-    noise_curve,
-    occlusion_map,
-)
+from course_lib.evidence.audit import (  # isort: skip
+    churn, class_recall, find_exemplars, map_agreement, noise_curve, occlusion_map,
+)  # fmt: skip
 
 
 def population(replicas=8, images=120, classes=4, error=0.2, seed=0):

@@ -6,17 +6,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from course_lib.evidence.measure import (
-    Latency,
-    LatencyTable,
-    compare_latency,
-    count_macs,
-    count_parameters,
-    export_onnx,
-    onnx_session,
-    sparsity,
+from course_lib.evidence.measure import (  # isort: skip
+    Latency, LatencyTable, compare_latency, count_macs, count_parameters, export_onnx, onnx_session, sparsity,
     stored_bytes,
-)
+)  # fmt: skip
 from course_lib.gate import UnsupportedModel
 from course_lib.lab.models import build_model
 

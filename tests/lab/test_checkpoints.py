@@ -2,7 +2,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,10 @@ import torch
 from torch import nn
 
 from course_lib.files import cache_folder
-from course_lib.lab.checkpoints import (
-    CheckpointError,
-    checkpoint_key,
-    load_checkpoint,
-    save_checkpoint,
-    train_or_load,
-)
+
+from course_lib.lab.checkpoints import (  # isort: skip
+    CheckpointError, checkpoint_key, load_checkpoint, save_checkpoint, train_or_load,
+)  # fmt: skip
 from course_lib.lab.data import Splits
 from course_lib.lab.models import build_model
 from course_lib.lab.training import TrainConfig
@@ -173,15 +169,6 @@ def test_a_read_only_folder_needs_no_lock(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="cannot be kept, training without it"):
         train_or_load("small", mlp, lambda m: None, key={"seed": 1}, folder=tmp_path)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_files_have_the_mode_that_the_umask_gives(tmp_path):
-    old = os.umask(0o022)
-    try:
-        path = save_checkpoint(tmp_path / "a.safetensors", mlp())
-    finally:
-        os.umask(old)
-    assert {stat.S_IMODE(p.stat().st_mode) for p in (path, tmp_path / "a.safetensors.sha256")} == {0o644}
 
 
 def _race(folder, log):

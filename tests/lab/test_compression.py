@@ -9,19 +9,11 @@ from torch import nn
 
 from course_lib.evidence.measure import stored_bytes
 from course_lib.gate import weight_layers
-from course_lib.lab.compression import (
-    FAMILIES,
-    Bench,
-    Recipe,
-    device_memory,
-    layer_table,
-    measure_families,
-    prune_gradually,
-    share_values,
-    store,
-    train_as_long,
-    write_engine_files,
-)
+
+from course_lib.lab.compression import (  # isort: skip
+    FAMILIES, Bench, Recipe, device_memory, layer_table, measure_families, prune_gradually, share_values, store,
+    train_as_long, write_engine_files,
+)  # fmt: skip
 from course_lib.lab.data import load_replicas
 from course_lib.lab.lesson import Lesson
 from course_lib.lab.models import build_model

@@ -16,28 +16,11 @@ import threading
 import numpy as np
 import pytest
 import torchvision.datasets as tv
-from data_files import (
-    ARCHIVES,
-    BATCHES,
-    CIFAR,
-    CIFAR_NAMES,
-    FILES,
-    IDX_NAMES,
-    RAW,
-    TAR,
-    Mirror,
-    cifar_files,
-    flipped,
-    gz,
-    idx_bytes,
-    idx_files,
-    listing,
-    load,
-    md5,
-    refused,
-    tar_gz,
-    write,
-)
+
+from data_files import (  # isort: skip
+    ARCHIVES, BATCHES, CIFAR, CIFAR_NAMES, FILES, IDX_NAMES, RAW, TAR, Mirror, cifar_files, flipped, gz, idx_bytes,
+    idx_files, listing, load, md5, refused, tar_gz, write,
+)  # fmt: skip
 
 from course_lib.lab import download
 from course_lib.lab.download import RECORD, SOURCES
@@ -93,12 +76,6 @@ def test_archives_and_names_with_dots_are_read_where_they_lie(tmp_path, dots, pa
     before = listing(tmp_path)
     assert load(tmp_path, download=False).test_images.shape == (20, 1, 28, 28)
     assert listing(tmp_path) == before
-
-
-def test_a_folder_in_a_file_s_place_does_not_hide_it(tmp_path):
-    write(tmp_path / RAW, gz(FILES))
-    write(tmp_path / RAW / IDX_NAMES[0], {"x": b""})
-    assert len(load(tmp_path, download=False).train_images) == 100
 
 
 @pytest.mark.parametrize("options", [{"download": True}, {"download": False}], ids=["download", "offline"])
@@ -321,12 +298,6 @@ def test_damage_on_the_way(tmp_path, mirror, damage, name):
     assert len(load(tmp_path, name).test_labels) == 20
 
 
-def test_a_mirror_with_the_right_checksum_of_a_wrong_file(tmp_path, mirror, monkeypatch):
-    mirror.files.update(gz({IDX_NAMES[0]: FILES[IDX_NAMES[0]][:-1]}))
-    monkeypatch.setattr(tv.MNIST, "resources", [(f"{name}.gz", md5(mirror.files[f"{name}.gz"])) for name in IDX_NAMES])
-    refused(tmp_path, "train-images-idx3-ubyte from http.* is truncated")
-
-
 def test_no_network_and_a_silent_server(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(download, "NETWORK_TIMEOUT_S", 0.3)
     mirror.gate.clear()
@@ -404,12 +375,6 @@ def test_ctrl_c_leaves_nothing(tmp_path, mirror, monkeypatch):
 
 
 # Several processes
-
-
-def test_leftovers_of_a_killed_run_are_swept(tmp_path, mirror):
-    write(tmp_path / ".mnist.partial", {"train-images-idx3-ubyte.gz": b"half", "other": b""})
-    load(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".mnist.lock", "MNIST"]
 
 
 def test_waiting_for_another_process_has_an_end(tmp_path, mirror, monkeypatch):

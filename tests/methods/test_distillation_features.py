@@ -7,13 +7,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from course_lib.gate import UnsupportedModel
-from course_lib.methods.distillation_features import (
-    attention_map,
-    attention_map_loss,
-    hint_loss,
-    relational_distance_loss,
-    tap_features,
-)
+
+from course_lib.methods.distillation_features import (  # isort: skip
+    attention_map, attention_map_loss, hint_loss, relational_distance_loss, tap_features,
+)  # fmt: skip
 
 LOSSES = [hint_loss, attention_map_loss, relational_distance_loss]
 
