@@ -74,17 +74,9 @@ def _checksum(cell: nbformat.NotebookNode) -> str:
 
 
 def generate(notebooks: Path | None = None, *, check: bool = False) -> list[Path]:
-    """Write ``practice.ipynb`` of each chapter from its solution, where it differs.
+    """Write ``practice.ipynb`` of each chapter from its solution, where it differs; returns those that did.
 
-    Args:
-        notebooks: the course's ``notebooks/`` by default.
-        check: change nothing.
-
-    Returns:
-        The practice notebooks that were, or are, not up to date.
-
-    Raises:
-        CourseError: there are no solutions.
+    ``check`` changes nothing. CourseError: there are no solutions.
     """
     folder, stale = notebooks or notebooks_folder(), []
     if not (sources := sorted(folder.glob("solutions/[0-9][0-9]_*.ipynb"))):
