@@ -101,7 +101,7 @@ def computed(module: nn.Module) -> str:
     plain = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
     if nn.utils.parametrize.is_parametrized(module) or (plain and module._forward_pre_hooks):
         name = plain[0] if plain else next(iter(module.parametrizations))
-        cure = "torch.nn.utils.prune.remove(layer, 'weight') or ...parametrize.remove_parametrizations(layer, 'weight')"
+        cure = "prune.remove(layer, 'weight') or parametrize.remove_parametrizations(layer, 'weight') of torch.nn.utils"
         return f"its {name} is no plain parameter but computed by a parametrization; make it permanent first ({cure})"
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
         return "its weight has no shape yet (a lazy layer); run the model once first"

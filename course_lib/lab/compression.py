@@ -305,10 +305,6 @@ def _student(bench: Bench, name: str, taught: bool) -> Models:
     return bench.train(bench.build(name), taught=taught, config=config)
 
 
-def _shared(bench: Bench, level: tuple[float, int]) -> Models:
-    return bench.stage(share_values, bench.networks("pruned", level[0]), bits=level[1])
-
-
 FAMILIES: dict[str, Callable[[Bench, object], Models]] = {
     "dense": lambda b, _: b.train(b.build(), epochs=15),
     "dense, as long": lambda b, _: b.stage(train_as_long, b.networks("dense")),
@@ -323,7 +319,7 @@ FAMILIES: dict[str, Callable[[Bench, object], Models]] = {
     "codebook": lambda b, bits: b.stage(share_values, b.networks("dense"), bits=bits),
     "student": lambda b, name: _student(b, name, False),
     "distilled": lambda b, name: _student(b, name, True),
-    "pruned + codebook": _shared,
+    "pruned + codebook": lambda b, level: b.stage(share_values, b.networks("pruned", level[0]), bits=level[1]),
     "neurons removed + int8": lambda b, share: _on_grid(b.quantized(b.networks("neurons removed", share), 8)),
     "student + low bits": lambda b, level: _qat(b, b.networks("student", level[0]), level[1]),
     "distilled + low bits": lambda b, level: _qat(b, b.networks("distilled", level[0]), level[1], taught=True),

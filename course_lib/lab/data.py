@@ -58,7 +58,7 @@ class Split:
 
     def subset(self, indices) -> "Split":
         """The images at those positions [M] (in -N..N-1, or a bool mask [N]), in that order, as a copy."""
-        index = _positions(indices, len(self))
+        index = _positions(indices)
         return Split(self.images[index], self.labels[index])
 
 
@@ -96,7 +96,7 @@ class Splits(Sequence):
 
     def subset(self, indices) -> "Splits":
         """The images at those positions of *each* replica's split, such as ``range(100)`` for its first hundred."""
-        return Splits(self.pool, self.index[:, _positions(indices, self.images_each)])
+        return Splits(self.pool, self.index[:, _positions(indices)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,24 +196,12 @@ def load_replicas(
     return DataSplits(train, pool.subset(torch.as_tensor(val)), test, name, raw.class_names, mean, std)
 
 
-def _positions(indices, count: int) -> Tensor:
-    """``indices`` as int64 positions or a bool mask, or an error that says what does not fit."""
-    if not isinstance(indices, Tensor):
-        indices = torch.as_tensor(np.asarray(indices))
-    if indices.numel() == 0 and indices.dtype != torch.bool:
-        indices = indices.long()  # an empty list has no type of its own
-    if indices.dtype.is_floating_point or indices.dtype.is_complex:
-        raise TypeError(f"indices must be integers or a bool mask, got {indices.dtype}")
-    if indices.dim() != 1:
-        raise ValueError(f"indices must have one dimension, got shape {tuple(indices.shape)}")
-    if indices.dtype == torch.bool:
-        if len(indices) != count:
-            raise ValueError(f"a mask needs one entry an image, got {len(indices)} for {count} images")
-        return indices
-    indices = indices.long()  # uint8 would be taken for a mask
-    if len(indices) and not (-count <= int(indices.min()) and int(indices.max()) < count):
-        raise ValueError(f"indices reach over {indices.min()}..{indices.max()}, and this split has {count} images")
-    return indices
+def _positions(indices) -> Tensor:
+    """``indices`` as int64 positions or a bool mask; torch says what is out of range."""
+    index = indices if isinstance(indices, Tensor) else torch.as_tensor(np.asarray(indices))
+    if index.numel() and (index.is_floating_point() or index.is_complex()):
+        raise TypeError(f"indices must be integers or a bool mask, got {index.dtype}")
+    return index if index.dtype == torch.bool else index.long()  # uint8 would be taken for a mask
 
 
 def _raw(name: str, root, download: bool) -> RawData:
@@ -225,18 +213,13 @@ def _raw(name: str, root, download: bool) -> RawData:
 
 
 def _data_root(root) -> Path:
-    if root is None:
-        root = os.environ.get("COURSE_DATA")
-        if not root:
-            return cache_folder("data")
-    elif not isinstance(root, str | os.PathLike) or isinstance(os.fspath(root), bytes):
-        raise TypeError(f"root must be a path or None, got {type(root).__name__}")
-    if not os.fspath(root) or "\0" in os.fspath(root):
-        raise ValueError(f"root must name a folder, got {os.fspath(root)!r}")
+    root = os.environ.get("COURSE_DATA") or cache_folder("data") if root is None else root
+    if not isinstance(root, str | os.PathLike) or str(root) == "" or "\0" in str(root):
+        raise ValueError(f"root must be the path of a folder or None, got {root!r}")
     try:
         return Path(root).expanduser().absolute()
     except RuntimeError as error:  # a ~ without a home folder behind it
-        raise ValueError(f"root {os.fspath(root)!r} cannot be expanded: {error}") from None
+        raise ValueError(f"root {str(root)!r} cannot be expanded: {error}") from None
 
 
 @functools.cache

@@ -74,11 +74,7 @@ class TrainConfig:
         return self.epochs * len(batch_sizes(examples, self.batch_size))
 
     def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of step ``step`` (from 0) out of ``steps``.
-
-        >>> TrainConfig(lr=0.1, schedule="linear").lr_at(5, 10)
-        0.05
-        """
+        """Learning rate of step ``step`` (from 0) out of ``steps``."""
         return self.lr * SCHEDULES[self.schedule](step / steps)
 
 
@@ -263,11 +259,7 @@ def progress_bar(total: int, wanted: bool, what: str = "epochs") -> Iterator[Cal
 
 
 def batch_sizes(examples: int, batch_size: int) -> list[int]:
-    """Sizes of an epoch's batches.
-
-    >>> batch_sizes(130, 64), batch_sizes(129, 64), batch_sizes(1, 64)
-    ([64, 64, 2], [64, 65], [1])
-    """
+    """Sizes of an epoch's batches."""
     full, rest = divmod(examples, batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
     return [*sizes[:-2], sizes[-2] + 1] if rest == 1 and full and batch_size > 1 else sizes

@@ -313,11 +313,7 @@ def decode_values(reader: "Reader", count: int, dtype: np.dtype) -> np.ndarray:
 
 
 def pack_bits(numbers: np.ndarray, bits: int) -> bytes:
-    """Integers below 2^bits, ``bits`` bits each, one after another.
-
-    >>> pack_bits(np.array([1, 2, 3, 0]), 2)
-    b'l'
-    """
+    """Integers below 2^bits, ``bits`` bits each, one after another."""
     return huffman_encode(numbers, [bits] * (1 << bits)) if bits else b""
 
 
@@ -351,9 +347,6 @@ def find_grid(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
     The scale is the largest absolute value over the largest level, give or take rounding: each row is tried with
     every width. ``None`` if some row lies on no such grid, or holds NaN, infinities or minus zero.
-
-    >>> find_grid(np.float32([[0.3, -0.1, 0.2]]))[1].tolist()
-    [[3.0, -1.0, 2.0]]
     """
     if not np.isfinite(weight).all() or (np.signbit(weight) & (weight == 0)).any():
         return None
@@ -375,11 +368,7 @@ def find_grid(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def varint(number: int) -> bytes:
-    """A non-negative integer in 7-bit groups, least significant first (LEB128).
-
-    >>> varint(5), varint(300)
-    (b'\\x05', b'\\xac\\x02')
-    """
+    """A non-negative integer in 7-bit groups, least significant first (LEB128)."""
     return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
 
 
@@ -438,11 +427,7 @@ def huffman_code(counts: Mapping[Hashable, int] | Sequence[int]) -> dict[Hashabl
 
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
-    """Length of each symbol's Huffman word; all counts are above 0. One symbol alone gets length 1.
-
-    >>> code_lengths([5, 2, 1])
-    [1, 2, 2]
-    """
+    """Length of each symbol's Huffman word; all counts are above 0. One symbol alone gets length 1."""
     if len(counts) < 2:
         return [1] * len(counts)
     heap = [(count, leaf) for leaf, count in enumerate(counts)]
@@ -469,9 +454,6 @@ def canonical_codes(lengths: Sequence[int]) -> list[int]:
     """Code words (as integers) that follow from their lengths alone; length 0 means that the symbol has no word.
 
     ValueError: no prefix-free code has these lengths (Kraft's sum is above 1).
-
-    >>> [format(word, "b").zfill(n) for word, n in zip(canonical_codes([2, 1, 2]), [2, 1, 2])]
-    ['10', '0', '11']
     """
     words, word, last = [0] * len(lengths), 0, 0
     for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length):

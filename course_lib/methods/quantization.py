@@ -135,9 +135,6 @@ def safe_scale(largest: Tensor, top: float) -> Tensor:
     """The step, float32, that puts ``largest`` (not negative) at the number ``top``; nothing here branches on values.
 
     All zeros get step 1; a step never lies below the smallest normal float32, whose inverse is finite.
-
-    >>> safe_scale(torch.tensor([2.54, 0.0, 1e-38]), 127).tolist()
-    [0.019999999552965164, 1.0, 1.1754943508222875e-38]
     """
     step = largest.double() / top
     return torch.where(step > 0, step.clamp(min=SMALLEST_SCALE), 1.0).float()

@@ -60,12 +60,7 @@ def entropy(probabilities: Tensor, *, dim: int = -1) -> Tensor:
 def check_number(
     name: str, value: float | Tensor, *, most: float = math.inf, above_zero: bool = False
 ) -> float | Tensor:
-    """A finite number from 0 (or above it) to ``most``, as a float or as a tensor without dimensions.
-
-    >>> check_number("temperature", -1, above_zero=True)
-    Traceback (most recent call last):
-    ValueError: temperature must be a finite number above 0, got -1
-    """
+    """A finite number from 0 (or above it) to ``most``, as a float or as a tensor without dimensions."""
     if isinstance(value, Tensor) and value.dim() == 0:
         fits = readable_truth((value > 0 if above_zero else value >= 0) & (value <= most) & value.isfinite())
     elif isinstance(value, Tensor):

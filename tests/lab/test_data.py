@@ -203,17 +203,10 @@ def test_where_the_root_comes_from(mnist, tmp_path_factory, monkeypatch):
         load_dataset("mnist", download=False)
 
 
-@pytest.mark.parametrize(
-    ("root", "error"), [(3, TypeError), (b"/tmp", TypeError), ("", ValueError), ("a\0b", ValueError)]
-)
-def test_bad_roots(root, error):
-    with pytest.raises(error, match="root must"):
+@pytest.mark.parametrize("root", [3, b"/tmp", "", "a\0b", "~no-such-person-here/data"])
+def test_bad_roots(root):
+    with pytest.raises(ValueError, match="cannot be expanded" if "~" in str(root) else "root must"):
         load_dataset("mnist", root=root)
-
-
-def test_a_home_that_is_nobodys():
-    with pytest.raises(ValueError, match="cannot be expanded"):
-        load_dataset("mnist", root="~no-such-person-here/data")
 
 
 def test_subset():
@@ -231,11 +224,11 @@ def test_subset():
 @pytest.mark.parametrize(
     ("indices", "error", "says"),
     [
-        ([4], ValueError, r"4\.\.4, and this split has 4"),
-        ([-5], ValueError, "-5"),
+        ([4], IndexError, "index 4 is out of bounds .* size 4"),
+        ([-5], IndexError, "-5"),
         ([0.0], TypeError, "integers or a bool mask"),
-        ([[0]], ValueError, "one dimension"),
-        ([True], ValueError, "one entry an image"),
+        ([[0]], ValueError, r"images \[N, C, H, W\]"),
+        ([True], IndexError, r"shape of the mask \[1\]"),
     ],
 )
 def test_bad_subsets(indices, error, says):
@@ -294,7 +287,7 @@ def test_splits_are_a_sequence():
     assert [s.labels.tolist() for s in splits] == splits.labels.tolist() == [[5, 0, 2], [1, 3, 4]]
     assert (len(splits[:1]), splits[-1].images.flatten().tolist()) == (1, [1.0, 3.0, 4.0])
     assert splits.subset([True, False, True]).labels.tolist() == [[5, 2], [1, 4]]
-    with pytest.raises(ValueError, match="this split has 3 images"):
+    with pytest.raises(IndexError, match="out of bounds"):
         splits.subset([3])
     with pytest.raises(ValueError, match=r"int64 \[replicas, images\]"):
         Splits(pool, torch.tensor([0]))

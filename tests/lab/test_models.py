@@ -34,10 +34,6 @@ def test_without_a_seed_the_global_generator_decides():
     assert torch.equal(a.fc1.weight, b.fc1.weight)
 
 
-def test_teacher_has_batchnorm_to_fold():
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in build_model("cnn_teacher", (1, 8, 8), 10).modules())
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -10,11 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from course_lib.gate import UnsupportedModel
-from course_lib.methods.codebook import Codebook
-from course_lib.methods.formats import Encoded
 
 from course_lib.methods.integer import (  # isort: skip
-    FixedPoint, IntegerLayer, IntegerNetwork, fixed_point, integer_conv2d, integer_layer, integer_linear,
+    IntegerLayer, fixed_point, integer_conv2d, integer_layer, integer_linear,
     integer_max_pool2d, integer_network, quantize_bias, requantize,
 )  # fmt: skip
 from course_lib.methods.quantization import QuantParams, choose_qparams, dequantize, qparams_from_range, quantize
@@ -155,12 +153,6 @@ def test_sums_that_int32_might_not_hold():
     assert torch.equal(quantize_bias(bias, one, one), bias.int())
     with pytest.raises(ValueError, match="more than int32 holds"):
         quantize_bias(bias + 1, one, one)
-
-
-@pytest.mark.parametrize("kind", [QuantParams, Encoded, Codebook, FixedPoint, IntegerLayer, IntegerNetwork])
-def test_records_of_tensors_are_fixed_and_compared_by_identity(kind):
-    assert kind.__dataclass_params__.frozen
-    assert not kind.__dataclass_params__.eq
 
 
 def test_max_pooling_keeps_the_order():
