@@ -95,9 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     claims = command("claims", action, "every claim and what was measured; exit code 1 if one is false")
     claims.add_argument("paths", nargs="*", type=Path, help="notebooks, folders (default: the newest run)")
     command("practice", _elsewhere("practice", "main"), "the practice notebooks: generate, grade", add_help=False)
-    action = _elsewhere("doctor", "examine", "fast")
+    action = _elsewhere("doctor", "examine", "fast", "room")
     doctor = command("doctor", action, "check this installation and say how to mend it")
     doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel and reading data sets")
+    doctor.add_argument("--room", type=int, metavar="N", help="and what a teacher of N learners must know beforehand")
     command("bench", _bench, "batched training and kd_loss against the usual ways, side by side")
     command("readme", _readme, "put a picture and a claim of each chapter into README.md")
     return parser

@@ -29,15 +29,21 @@ Finding = tuple[str, str, str, str]
 """Status, what was looked at, what was found, and what to do unless all is well."""
 
 
-def examine(*, fast: bool = False) -> int:
+def examine(*, fast: bool = False, room: int | None = None) -> int:
     """Run every check and print the findings as they come; 1 if one is to be mended, else 0.
 
-    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there.
+    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there. ``room``, a number
+    of learners, adds what a teacher must know beforehand.
     """
     warnings.simplefilter("ignore")  # of the tools about themselves, such as a home that cannot be written
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
     checks = [_python, _packages, _processor, _data_unread if fast else _data, _places, _onnxruntime, _jupyter]
-    for check in checks if fast else [*checks, _kernel]:
+    checks += [] if fast else [_kernel]
+    if room is not None:
+        from course_lib.classroom.room import room_for
+
+        checks.append(room_for(room))
+    for check in checks:
         try:
             for status, name, told, mend in check():
                 counts[status] += 1
