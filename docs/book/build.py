@@ -24,6 +24,7 @@ ROOMS = {
     "classroom": "how it reaches people: running, practice, claims, the command line",
     "": "",  # files.py and gate.py serve every room
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 DOORS = (
     '\n\n<p class="doors"><a href="{name}" download>Download this notebook</a>'
     '<button type="button" class="unfold">Open every fold</button></p>\n\n'
@@ -48,6 +49,9 @@ def readied(notebook: dict, name: str) -> dict:
             cell["source"] = opened(cell["source"])
         elif cell["cell_type"] == "code":
             fold(cell)
+            for output in cell["outputs"]:
+                if len(data := output.get("data") or {}) > 1:
+                    data.pop(WIDGET, None)  # a slider that no kernel moves: what else it shows is better
     first = notebook["cells"][0]
     first["source"] = re.sub(r"^(# .+)\n*", lambda m: m[1] + DOORS.format(name=name), first["source"], count=1)
     return notebook
@@ -102,8 +106,9 @@ def tree(caption: str, listed: list[str]) -> str:
 def glossary(notebook: dict) -> str:
     """The words of chapter 00 as a page of its own, which search knows and any page can point to."""
     text = next(c["source"] for c in notebook["cells"] if re.search(r"^## Words$", c["source"], re.M))
-    words = re.split(r"^## Words$", text, flags=re.M)[1]
-    return "# Words\n" + re.split(r"^## ", opened(words), flags=re.M)[0]
+    words = re.split(r"^## ", text.split("## Words\n")[1], flags=re.M)[0].replace(" Open what you need.", "")
+    words = re.sub(r"<details><summary><b>(.+?)</b></summary>", r"## \1", words)  # a page has room for all of them
+    return "# Words\n" + words.replace("</details>", "")
 
 
 def reference(folder: Path) -> list[str]:
