@@ -26,32 +26,20 @@ __all__ = ["Result", "Task", "judge", "with_gradient"]
 
 @dataclass(frozen=True)
 class Task:
-    """One blank of a practice notebook.
+    """One blank of a practice notebook."""
 
-    Attributes:
-        name: of the function to be written; also nbgrader's ``grade_id``.
-        answer: a right answer; its parameters' names appear in the sentences.
-        expects: what a right answer returns, in words: "a bool tensor".
-        says: what was tried, for the line of a right answer.
-        cases: ``cases(rng)`` gives the argument tuples to try, new ones at every call, the plainest first.
-        wrong: sentence -> wrong answer: a function, or keywords that make ``answer`` wrong. Each differs from the right
-            one on at least one case.
-        tolerance: of real numbers, as a share of the largest of them.
-        same: ``same(got, expected, *arguments)``: whether two answers that differ are equally right.
-        observe: ``observe(function, *arguments)`` -> what is compared, where that is not what the function returns.
-        judged: replaces all of this: ``judged(function)`` -> (passed, sentence).
-    """
-
-    name: str
-    answer: Callable
-    expects: str
-    says: str
+    name: str  # of the function to be written; also nbgrader's grade_id
+    answer: Callable  # a right answer; its parameters' names appear in the sentences
+    expects: str  # what a right answer returns, in words: "a bool tensor"
+    says: str  # what was tried, for the line of a right answer
+    # cases(rng) gives the argument tuples to try, new ones at every call, the plainest first
     cases: Callable[[np.random.Generator], Iterable[tuple]] = lambda rng: ()
+    # sentence -> wrong answer: a function, or keywords that make `answer` wrong, on at least one case
     wrong: Mapping[str, Callable | Mapping[str, Any]] = field(default_factory=dict)
-    tolerance: float = 1e-4
-    same: Callable[..., bool] | None = None
-    observe: Callable | None = None
-    judged: Callable[[Callable], tuple[bool, str]] | None = None
+    tolerance: float = 1e-4  # of real numbers, as a share of the largest of them
+    same: Callable[..., bool] | None = None  # same(got, expected, *arguments): are two that differ equally right?
+    observe: Callable | None = None  # observe(function, *arguments) -> what is compared instead of what it returns
+    judged: Callable[[Callable], tuple[bool, str]] | None = None  # instead: judged(function) -> (passed, sentence)
 
     def wrong_answers(self) -> dict[str, Callable]:
         """Sentence -> wrong answer as a function."""
@@ -61,11 +49,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check says: one line, in a notebook and in a terminal.
-
-    >>> Result("rank_mask", False, "not yet. A bool tensor is expected.")
-    rank_mask: not yet. A bool tensor is expected.
-    """
+    """What a check says: one line, in a notebook and in a terminal."""
 
     name: str
     passed: bool
@@ -83,10 +67,6 @@ class Result:
         return f'<div style="{style}">{sign}<b>{html.escape(self.name)}</b>: {html.escape(self.text)}</div>'
 
 
-class _NotYet(Exception):
-    """The blank is still a blank."""
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """What one call gave: a value, or the error; the arguments that it changed; None or Ellipsis as text."""
@@ -98,17 +78,13 @@ class _Outcome:
 
 
 def judge(task: Task, function: Callable, seed: int | None = None) -> Result:
-    """Run ``function`` on the task's cases and say how it did. Never raises, whatever the function does.
-
-    Args:
-        seed: of the cases; other ones at every call by default.
-    """
+    """Run ``function`` on the task's cases (of a ``seed``, by default new ones) and say how it did; never raises."""
     printed = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(printed), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             passed, text = task.judged(function) if task.judged else _judge(task, function, np.random.default_rng(seed))
-        except (_NotYet, NotImplementedError) as blank:
+        except NotImplementedError as blank:
             passed, text = False, f"not yet. {f'{blank}; ' if str(blank) else ''}{task.expects} is expected."
             text = text[:9] + text[9].upper() + text[10:]
         except Exception as error:
@@ -124,7 +100,7 @@ def _judge(task: Task, function: Callable, rng: np.random.Generator) -> tuple[bo
     cases = list(task.cases(rng))
     right, given = ([_call(task, one, case) for case in cases] for one in (task.answer, function))
     if all(outcome.blank for outcome in given):
-        raise _NotYet(f"It returned {given[0].blank}")
+        raise NotImplementedError(f"It returned {given[0].blank}")
     gaps = [_gap(task, *pair) for pair in zip(given, right, cases, strict=True)]
     first = next((i for i, gap in enumerate(gaps) if gap), None)
     if first is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from course_lib.classroom.answers import judge
 from course_lib.classroom.lessons import CourseError, notebooks_folder, read_notebook
-from course_lib.classroom.tasks_losses import TASKS
+from course_lib.classroom.tasks_deployment import TASKS
 from course_lib.files import write_file
 
 __all__ = ["grade"]
@@ -39,20 +39,15 @@ def grade(
 ) -> Path:  # fmt: skip
     """Grade every notebook under ``folder``, or one notebook, into a CSV: file, name, task, points, of, hint, sha256.
 
-    Args:
-        output: the CSV; ``grades.csv`` in the folder by default. Files that it already has, unchanged, are not run
-            again: a grading that was stopped goes on.
-        chapter: such as ``"02"``; by default each notebook is graded as the chapter whose tasks it has.
-        jobs: notebooks at once; as many as there are cores by default.
-        seconds, memory: what one step of a notebook (a cell, or a check) may take, and gigabytes beyond the library's.
-
-    Raises:
-        CourseError: no such folder, no notebook in it, or no such chapter.
+    Files that ``output`` (``grades.csv`` in the folder by default) already has, unchanged, are not run again: a grading
+    that was stopped goes on. By default each notebook is graded as the ``chapter`` whose tasks it has. One step of it (a
+    cell, or a check) may take so many ``seconds``, and ``memory`` in gigabytes beyond the library's.
     """
     one, chapters = [Path(folder)] if Path(folder).is_file() else [], _chapters(notebooks)
     folder = Path(folder).parent if one else Path(folder)
     output, found = Path(output or folder / "grades.csv"), one or sorted(folder.rglob("*.ipynb"))
-    files = [p for p in found if p.is_file() and not _hidden(p.relative_to(folder))]
+    hidden = {p for p in found if any(part.startswith(".") for part in p.relative_to(folder).parts)}
+    files = [p for p in found if p.is_file() and p not in hidden]
     if not files:
         raise CourseError(f"no notebook in {folder}: a folder of submissions is needed")
     if chapter is not None:
@@ -86,10 +81,6 @@ def _chapters(notebooks: Path | None) -> dict[str, dict[str, int]]:
         marks = [cell["metadata"].get("nbgrader", {}) for cell in read_notebook(path)[0]["cells"]]
         found[path.stem] = {m["grade_id"].removesuffix("_check"): m["points"] for m in marks if m.get("grade")}
     return found
-
-
-def _hidden(place: Path) -> bool:
-    return any(part.startswith(".") for part in place.parts)
 
 
 def _name(place: str) -> str:
@@ -277,9 +268,10 @@ def _seal() -> dict:
     import numpy
     import torch
 
-    from course_lib.classroom import answers, tasks_losses, tasks_sizes
+    from course_lib.classroom import answers, tasks_deployment, tasks_losses, tasks_sizes
 
-    owners = (answers, tasks_losses, tasks_sizes, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
+    modules = (answers, tasks_deployment, tasks_losses, tasks_sizes)
+    owners = (*modules, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
     found = {(str(o), key): (id(v), id(getattr(v, "__code__", v))) for o in owners for key, v in list(vars(o).items())}
     return found | {task: (id(it), id(it.answer), id(it.cases), it.says) for task, it in TASKS.items()}
 

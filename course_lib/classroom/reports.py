@@ -46,11 +46,7 @@ def claims_of(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def count_claims(claims: Sequence[dict[str, Any]]) -> str:
-    """The claims counted, in one line.
-
-    >>> count_claims([{"status": "holds"}, {"status": "holds"}, {"status": "not here"}])
-    '3 claims: 2 hold, 0 fail, 1 do not hold here'
-    """
+    """The claims counted, in one line."""
     holds, fails, elsewhere = (sum(claim["status"] == status for claim in claims) for status in MARKS)
     return f"{len(claims)} claims: {holds} hold, {fails} fail, {elsewhere} do not hold here"
 
@@ -87,7 +83,8 @@ def refresh_readme(notebooks: Path, *, check: bool = False) -> list[str]:
         for claim in claims_of([lesson.path]):
             if claim["status"] == "fails":
                 raise CourseError(f"{lesson.name} is not fit to be shown: its stored claim {claim['id']} is false")
-            link = f"[{lesson.number[:2]} {_chapter(lesson.place)}](notebooks/{lesson.place.as_posix()})"
+            chapter = lesson.place.parts[0].removesuffix(".ipynb").partition("_")[2].replace("_", " ").capitalize()
+            link = f"[{lesson.number[:2]} {chapter}](notebooks/{lesson.place.as_posix()})"
             row = f"| {link} | {_cell(claim['sentence'])} | {_cell(claim['measured'])} |"
             headlines.setdefault(lesson.number[:2], []).append((not claim["headline"], row))
     rows += [min(claims, key=lambda one: one[0])[1] for claims in headlines.values()]
@@ -209,10 +206,6 @@ def _row(claim: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _chapter(place: Path) -> str:
-    return place.parts[0].removesuffix(".ipynb").partition("_")[2].replace("_", " ").capitalize()
 
 
 def _pictures(path: Path) -> list[tuple[bytes, str]]:

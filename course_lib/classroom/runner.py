@@ -47,16 +47,12 @@ def run_lessons(
 ) -> int:  # fmt: skip
     """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
-    Args:
-        notebooks: their folder. words: which (see :func:`~course_lib.classroom.lessons.select_lessons`); none for all.
-        given: texts for parameters. output: folder of the results, by default ``build/course/<data>-<profile>``.
-        jobs: lessons at once; they share the cores. timeout: seconds for one cell, 0 for no limit.
-        resume: leave out what was executed before from the same bytes, with the same values and library.
-        store: put the results, cleaned, into ``notebooks`` itself; a lesson with a false claim is not stored.
+    ``words`` say which (see :func:`~course_lib.classroom.lessons.select_lessons`), ``given`` are texts for parameters.
+    ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed before from the same bytes,
+    values and library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
 
-    Returns:
-        0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
-        everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
+    Returns 0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
+    everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
     """
     given = dict(given or {})
     if store and (given or resume or output):

@@ -100,7 +100,6 @@ def _sure_and_unsure(rng):
         yield rows, torch.where(right, rows.argmax(1), torch.tensor(rng.integers(0, classes, images))), bins
 
 
-_TAKES_ITEM = dict(part=lambda loss: loss.item())
 _CHAPTER_04 = [
     Task("softmax_t", _softmax, "a tensor of the logits' shape", "1 to 3 dimensions, T 0.5 to 4, logits of ±10,000.",
          lambda rng: [(torch.tensor([2.0, 1.0, 0.0]), 2.0), (draw(rng, 4, 10), 4.0), (draw(rng, 2, 3, 5), 0.5),
@@ -121,7 +120,7 @@ _CHAPTER_04 = [
         "That is the sum over the images; their mean is asked for.": dict(over=None),
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
         "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
-        "The value is right, but no gradient reaches the student.": _TAKES_ITEM,
+        "The value is right, but no gradient reaches the student.": dict(part=lambda loss: loss.item()),
     }, observe=with_gradient),
     Task("t_squared_gradient", _slope, "a tensor of the logits' shape", "2 to 10 classes, 1 to 6 images, T 0.5 to 4.",
          lambda rng: _logits(rng, large=False), {

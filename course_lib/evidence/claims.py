@@ -121,5 +121,3 @@ class Ledger:
         if false:
             raise ClaimFailed(f"{len(false)} of {len(self._claims)} claims do not hold:\n" + "\n".join(false))
 
-    def __str__(self) -> str:
-        return "\n".join(f"{c.status:8} {c.id}  {c.sentence}  [{c.measured}]" for c in self.claims)

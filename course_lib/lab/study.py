@@ -98,12 +98,9 @@ def run_study(
         version: what else the result depends on, such as the data set. Rows are kept under the trial, this text,
             torch's version and the source of ``work`` (its whole package).
 
-    Returns:
-        One row a trial in the grid's order: ``method, level, seed``, the options, the measured values, ``error``
-        (missing where the cell went well) and ``seconds`` (of the work alone).
-
-    Raises:
-        BrokenProcessPool: no worker can start; a script needs ``if __name__ == "__main__":`` around the call.
+    Returns one row a trial in the grid's order: ``method, level, seed``, the options, the measured values, ``error``
+    (missing where the cell went well) and ``seconds`` (of the work alone). BrokenProcessPool: no worker can start; a
+    script needs ``if __name__ == "__main__":`` around the call.
     """
     import pandas
 
