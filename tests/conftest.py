@@ -34,7 +34,8 @@ def few(digits):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium without a window; a test that needs it is skipped where there is none."""
-    programs = filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser")))
+    names = os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"
+    programs = filter(None, map(shutil.which, names))
     if not (program := next(programs, None)):
         pytest.skip("no Chromium: install it (`apt-get install chromium`), or name its program in CHROMIUM")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup-dev")
