@@ -43,9 +43,12 @@ def source_hash(*sources: ModuleType | str | os.PathLike) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def cache_folder(kind: str) -> Path:
-    """The folder ``kind`` in ``$COURSE_CACHE`` or the user's cache, such as ``"checkpoints"``; it may not exist yet."""
-    if os.environ.get("COURSE_CACHE"):
+def cache_folder(kind: str, *, own: bool = False) -> Path:
+    """The folder ``kind`` in ``$COURSE_CACHE`` or the user's cache, such as ``"checkpoints"``; it may not exist yet.
+
+    ``own``: in the user's cache in any case, for what a room with one ``$COURSE_CACHE`` does not share.
+    """
+    if os.environ.get("COURSE_CACHE") and not own:
         return Path(os.environ["COURSE_CACHE"]).expanduser().absolute() / kind
     from platformdirs import user_cache_path
 

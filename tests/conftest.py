@@ -15,6 +15,8 @@ torch.set_num_threads(1)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    own = tmp_path_factory.mktemp("own")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name, **options: own / name)
 
 
 @pytest.fixture(scope="session")

@@ -372,7 +372,7 @@ def _judge_compressed(compress_to):
 
 def _leaderboard(size: int, cost: str) -> str:
     """Keeps one's own attempts in a file of the course's cache, and tells the best."""
-    attempts, path = [], cache_folder("practice") / "compress_to.json"
+    attempts, path = [], cache_folder("practice", own=True) / "compress_to.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         attempts = [{"bytes": int(a["bytes"]), "cost": str(a["cost"])} for a in json.loads(path.read_text("utf-8"))]
     attempts = sorted([*attempts, {"bytes": size, "cost": cost}], key=lambda a: a["bytes"])

@@ -30,7 +30,7 @@ FEWEST = 5
 
 
 def _file() -> Path:
-    return cache_folder("predictions") / "mine.json"
+    return cache_folder("predictions", own=True) / "mine.json"
 
 
 def kept() -> dict[str, tuple[str, float]]:

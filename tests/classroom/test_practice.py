@@ -294,13 +294,11 @@ def test_nbgrader_is_told_by_an_error_and_nobody_else(monkeypatch):
         check("csr_bytes", lambda weight: None)
 
 
-def test_compress_to_measures_the_file_and_keeps_the_attempts(tmp_path, monkeypatch):
+def test_compress_to_measures_the_file_and_keeps_the_attempts():
     from torch import nn
 
     from course_lib.methods import pruning
     from course_lib.methods.codebook import share_weights
-
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
 
     def shared(model, train, val, bits=4):
         pruning.prune_(model, 0.6)

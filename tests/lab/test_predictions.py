@@ -24,14 +24,16 @@ def test_every_box_stands_under_its_question_and_knows_the_folded_answer():
     assert set(ANSWERS.values()) == set("abcd")
 
 
-def test_answers_are_kept_and_the_last_one_counts(monkeypatch, tmp_path):
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "not there yet"))
+def test_answers_are_kept_in_the_readers_own_cache_and_the_last_one_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *args, **options: tmp_path / "not there yet")
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "of a whole room"))
     assert kept() == {}
     first, second = list(ANSWERS)[:2]
     keep(first, "a", 0.6)
     keep(second, "b", 0.9)
     keep(first, ANSWERS[first], 0.75)
     assert kept() == {first: (ANSWERS[first], 0.75), second: ("b", 0.9)}
+    assert not (tmp_path / "of a whole room").exists()
     (tmp_path / "not there yet/predictions/mine.json").write_text("[broken")
     assert kept() == {}
 
@@ -41,8 +43,7 @@ def test_the_brier_score_is_the_mean_squared_distance():
     assert brier({first: (ANSWERS[first], 0.8), second: ("x", 0.5)}) == pytest.approx((0.2**2 + 0.5**2) / 2)
 
 
-def test_the_diagram_waits_for_enough_answers(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+def test_the_diagram_waits_for_enough_answers(monkeypatch, capsys):
     bundles = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw=False: bundles.append(data))
     own_calibration()
@@ -54,8 +55,7 @@ def test_the_diagram_waits_for_enough_answers(monkeypatch, tmp_path, capsys):
     assert "Your own reliability diagram" in bundles[0]["text/html"]
 
 
-def test_a_box_is_shown_to_a_person_only(monkeypatch, tmp_path):
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path))
+def test_a_box_is_shown_to_a_person_only(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     monkeypatch.setenv("COURSE_UNATTENDED", "1")
