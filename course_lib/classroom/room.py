@@ -56,7 +56,7 @@ def room_for(learners: int) -> Callable[[], Iterator[tuple[str, str, str, str]]]
         yield from _measured(learners, cores, lessons[LESSON].path)
         seconds = [lesson.seconds for lesson in lessons.values() if lesson.seconds]
         told = f"on two quiet cores {statistics.median(seconds):g} s, at most {max(seconds):g}"
-        yield "ok", "room: lesson", told, ""
+        yield "ok", "lesson", told, ""
 
     return _room
 
