@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from course_lib.classroom.lessons import find_lessons, read_notebook
@@ -85,8 +86,13 @@ def anchor(heading: str) -> str:
 
 
 def chapter_name(folder: str) -> str:
-    """``"06_trade_offs"`` as a reader sees it."""
-    return folder.replace("_", " ", 1).replace("trade_offs", "trade-offs").replace("_", " ").replace(".ipynb", "")
+    """A chapter's folder as a reader sees it.
+
+    >>> chapter_name("06_trade_offs")
+    '06 Trade-offs'
+    """
+    number, _, name = Path(folder).stem.partition("_")
+    return f"{number} {name.replace('trade_offs', 'trade-offs').replace('_', ' ').capitalize()}"
 
 
 def contents(places: list[Path]) -> str:
@@ -116,8 +122,9 @@ def reference(folder: Path) -> list[str]:
     library, listed = ROOT / "course_lib", []
     for room, about in ROOMS.items():
         found = sorted((library / room).glob("*.py")) if room else [library / "files.py", library / "gate.py"]
-        found = [p for p in found if p.stem != "__init__" and "\n__all__" in p.read_text(encoding="utf-8")]
-        names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+        names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in found if p.stem != "__init__"]
+        # Imported here, once, and not by each process that reads pages.
+        names = [name for name in names if hasattr(import_module(name), "__all__")]
         for name in names:
             page = f"{name.removeprefix('course_lib.')}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
             (folder / f"{name}.rst").write_text(page, encoding="utf-8")
