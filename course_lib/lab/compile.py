@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import importlib.util
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from course_lib.files import write_file
+from course_lib.files import cache_folder, write_file
 
 __all__ = ["CompilerError", "compile_c", "compiler_command", "run_compiler"]
 
@@ -29,7 +30,7 @@ def compiler_command(compiler: str | Sequence[str] | None = None) -> list[str]:
     """The words that start a C compiler: the one named, else ``cc``, else the one of the Python package ziglang."""
     words = [compiler] if isinstance(compiler, str) else list(compiler or ["cc"])
     if found := shutil.which(words[0]):
-        return [found, *words[1:]]
+        return [str(Path(found).absolute()), *words[1:]]
     if compiler is None and importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc"]
     raise CompilerError(
@@ -41,13 +42,14 @@ def compiler_command(compiler: str | Sequence[str] | None = None) -> list[str]:
 def run_compiler(source: str, target: Path, flags: Sequence[str], compiler: Sequence[str]) -> Path:
     """Compile ``source`` into the file ``target``, which is whole or not there; CompilerError if it is refused."""
     with tempfile.TemporaryDirectory() as folder:
-        program, result = Path(folder, "source.c"), Path(folder, "result")
-        program.write_text(source, encoding="utf-8")
-        run = subprocess.run(
-            [*compiler, *STRICT, *flags, "-o", str(result), str(program)], capture_output=True, text=True
-        )
+        Path(folder, "source.c").write_text(source, encoding="utf-8")
+        words = [*compiler, *STRICT, *flags, "-o", "result", "source.c"]
+        here = {"ZIG_GLOBAL_CACHE_DIR": str(cache_folder("zig"))} | os.environ
+        run = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=here)
+        result = Path(folder, "result")
         if run.returncode or not result.exists():
-            raise CompilerError(f"{' '.join(compiler)} failed:\n{(run.stderr or run.stdout).strip()[:2000]}")
+            called = " ".join([Path(compiler[0]).name, *compiler[1:]])
+            raise CompilerError(f"{called} refuses the source:\n{(run.stderr or run.stdout).strip()[:2000]}")
         return write_file(target, result.read_bytes())
 
 
@@ -63,6 +65,11 @@ def sizes_of(source: str) -> dict[str, int]:
     return sizes
 
 
+def score_type(source: str) -> np.dtype:
+    """What the function writes: float32 where its scores are ``float *scores``, else uint8."""
+    return np.dtype("<f4" if "float *scores" in source else "u1")
+
+
 def as_pixels(images, sizes: dict[str, int]) -> np.ndarray:
     """Images as uint8 [N, PIXELS], each below LEVELS, so that no table is read past its end."""
     images = np.asarray(images)
@@ -71,7 +78,7 @@ def as_pixels(images, sizes: dict[str, int]) -> np.ndarray:
         raise ValueError(f"images must be {need}, got {images.dtype} {images.shape}")
     if images.size and images.max() >= sizes["LEVELS"]:
         raise ValueError(f"pixels must be from 0 to {sizes['LEVELS'] - 1}, got {images.max()}")
-    return np.ascontiguousarray(images.reshape(len(images), -1))
+    return np.ascontiguousarray(images.reshape(len(images), sizes["PIXELS"]))
 
 
 def compile_c(
@@ -79,11 +86,11 @@ def compile_c(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Compile a file of :func:`~course_lib.methods.c_source.c_source` and give its function back.
 
-    What it returns takes grey levels uint8 [N, ...] and gives scores uint8 [N, K]. The shared library stays in
-    ``folder``. CompilerError: no compiler (``compiler``, or the first that is found), or its message.
-    ValueError: images of another size, or with levels that the table does not have.
+    What it returns takes grey levels uint8 [N, ...] and gives scores [N, K], uint8 (float32 from a float file). The
+    shared library stays in ``folder``. CompilerError: no compiler (``compiler``, or the first that is found), or its
+    message. ValueError: images of another size, or with levels that the table does not have.
     """
-    sizes, command = sizes_of(source), compiler_command(compiler)
+    sizes, kind, command = sizes_of(source), score_type(source), compiler_command(compiler)
     windows = sys.platform == "win32"
     # A name of its own: a library that is loaded stays loaded under its name.
     mark = hashlib.sha256((source + repr(command)).encode()).hexdigest()[:12]
@@ -94,7 +101,7 @@ def compile_c(
 
     def call(images) -> np.ndarray:
         pixels = as_pixels(images, sizes)
-        scores = np.zeros((len(pixels), sizes["SCORES"]), dtype=np.uint8)
+        scores = np.zeros((len(pixels), sizes["SCORES"]), dtype=kind)
         for image, out in zip(pixels, scores, strict=True):
             function(image.ctypes.data, out.ctypes.data)
         return scores

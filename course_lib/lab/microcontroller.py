@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from course_lib.lab.compile import CompilerError, as_pixels, compiler_command, run_compiler, sizes_of
+from course_lib.lab.compile import CompilerError, as_pixels, compiler_command, run_compiler, score_type, sizes_of
 
 __all__ = ["BOARDS", "CORES", "Board", "BoardTooSmall", "Cost", "Program", "cross_compile", "missing_packages"]
 
@@ -35,12 +35,15 @@ class BoardTooSmall(ValueError):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a program needs: ``flash`` and ``ram`` (its stack included) in bytes, ``instructions`` an image (mean)."""
+    """What a program needs: ``flash`` and ``ram`` (its ``stack`` included) in bytes, ``instructions`` an image.
+
+    ``instructions`` is the mean over the images, those of a skipped condition included; None if not counted.
+    """
 
     flash: int
     ram: int
     stack: int
-    instructions: int
+    instructions: int | None
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,14 @@ class Board:
     source: str
 
     def check(self, cost: Cost) -> None:
-        """BoardTooSmall, with both numbers, if a program does not fit."""
-        for kind in ("flash", "ram"):
-            need, room = getattr(cost, kind), getattr(self, kind)
-            if need > room:
-                raise BoardTooSmall(f"{need:,} bytes of {kind} are needed; the {self.name} has {room:,}")
+        """BoardTooSmall, with the numbers, if a program does not fit."""
+        lacks = [
+            f"{getattr(cost, kind):,} bytes of {name} are needed, the {self.name} has {getattr(self, kind):,}"
+            for kind, name in (("flash", "flash"), ("ram", "RAM"))
+            if getattr(cost, kind) > getattr(self, kind)
+        ]
+        if lacks:
+            raise BoardTooSmall("; ".join(lacks))
 
 
 BOARDS = (
@@ -90,9 +96,16 @@ def cross_compile(source: str, core: str = "Cortex-M0", optimize: str = "-Os") -
     target, cpu = CORES[core]
     name = re.findall(r"^void (\w+)\(", source, re.M)[-1]
     flags = ["-target", target, f"-mcpu={cpu}", optimize, "-fno-unwind-tables", f"-Wl,-e,{name}"]
+    zig = compiler_command([sys.executable, "-m", "ziglang", "cc"])
     with tempfile.TemporaryDirectory() as folder:
-        zig = compiler_command([sys.executable, "-m", "ziglang", "cc"])
-        return Program(run_compiler(source, Path(folder, "program.elf"), flags, zig).read_bytes(), source, core)
+        elf = Path(folder, "program.elf")
+        try:  # without the compiler's own library, which takes seconds to build when it is needed for the first time
+            run_compiler(source, elf, [*flags, "-nostdlib"], zig)
+        except CompilerError as error:
+            if "undefined symbol" not in str(error):
+                raise
+            run_compiler(source, elf, flags, zig)
+        return Program(elf.read_bytes(), source, core)
 
 
 class Program:
@@ -104,7 +117,7 @@ class Program:
 
     def __init__(self, elf: bytes, source: str, core: str):
         self.elf, self.core, self.sizes = elf, core, sizes_of(source)
-        self.floats = "float *scores" in source
+        self.kind = score_type(source)
         (self.entry, segments_at, sections_at) = struct.unpack_from("<3I", elf, 24)
         segments, sections = (struct.unpack_from("<H", elf, at)[0] for at in (44, 48))
         headers = [struct.unpack_from("<8I", elf, segments_at + 32 * i) for i in range(segments)]
@@ -119,10 +132,13 @@ class Program:
     def __call__(self, images) -> np.ndarray:
         return self._run(images)[0]
 
-    def measure(self, images) -> Cost:
-        """What it costs to answer these images, one after the other: the deepest stack, the mean of instructions."""
-        _, stack, instructions = self._run(images, count=True)
-        return Cost(self.flash, self.static_ram + stack, stack, instructions)
+    def measure(self, images, *, count: bool = True) -> Cost:
+        """What it costs to answer these images, one after the other: the deepest stack, the mean of instructions.
+
+        Counting slows the emulation down to some millions of instructions a second; ``count=False`` leaves it out.
+        """
+        _, stack, instructions = self._run(images, count=count)
+        return Cost(self.flash, self.static_ram + stack, stack, instructions if count else None)
 
     def _core(self):
         import unicorn as uc
@@ -147,8 +163,8 @@ class Program:
         import unicorn as uc
 
         pixels, (core, arm) = as_pixels(images, self.sizes), self._core()
-        kind, counted, lengths = np.dtype("<f4" if self.floats else "u1"), [0], {}
-        scores, stack = np.zeros((len(pixels), self.sizes["SCORES"]), kind), 0
+        counted, lengths = [0], {}
+        scores, stack = np.zeros((len(pixels), self.sizes["SCORES"]), self.kind), 0
         answer = MAILBOX + self.sizes["PIXELS"] + -self.sizes["PIXELS"] % 4
 
         def block(core, address, size, _):
@@ -165,8 +181,12 @@ class Program:
             registers = {"SP": STACK_TOP, "LR": EXIT | 1, "R0": MAILBOX, "R1": answer}
             for name, value in registers.items():
                 core.reg_write(getattr(arm, f"UC_ARM_REG_{name}"), value)
-            core.emu_start(self.entry | 1, EXIT)
-            out[:] = np.frombuffer(bytes(core.mem_read(answer, out.nbytes)), kind)
+            try:
+                core.emu_start(self.entry | 1, EXIT)
+            except uc.UcError as error:
+                need = f"a stack of more than {STACK_SIZE:,} bytes, or an address that does not exist"
+                raise BoardTooSmall(f"the emulated core stopped ({error}): the program uses {need}") from error
+            out[:] = np.frombuffer(bytes(core.mem_read(answer, out.nbytes)), self.kind)
         painted = bytes(core.mem_read(STACK_TOP - STACK_SIZE, STACK_SIZE))
         stack = len(painted.lstrip(PAINT))
         return scores, stack, round(counted[0] / max(len(pixels), 1))

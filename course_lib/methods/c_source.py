@@ -108,9 +108,9 @@ def pixel_table(x_q: QuantParams, mean, std, levels: int) -> Tensor:
     >>> pixel_table(q, mean=[0.5], std=[0.5], levels=3).tolist()
     [[0, 50, 100]]
     """
-    mean, std = (torch.as_tensor(value, dtype=torch.float32).view(-1, 1) for value in (mean, std))
-    grey = torch.arange(whole_number(levels, "levels", 2, 256), dtype=torch.float32) / (levels - 1)
-    return quantize((grey - mean) / std, x_q)
+    mean, std = (torch.as_tensor(v).float().view(-1, 1) for v in (mean, std))
+    level = torch.arange(whole_number(levels, "levels", 2, 256), dtype=torch.float32)
+    return quantize((level / (levels - 1) - mean) / std, x_q)
 
 
 def raw_pixels(images: Tensor, mean, std, levels: int) -> Tensor:
@@ -122,14 +122,14 @@ def raw_pixels(images: Tensor, mean, std, levels: int) -> Tensor:
 def folded_bias(layer: IntegerLayer, name: str) -> Tensor:
     """The bias with the input's zero point in it, int64 [O]: Σ (x - z) w + b = Σ x w + (b - z Σ w).
 
-    ValueError: with these very weights, a running sum of Σ x w could leave int32 on its way.
+    ValueError: with these very weights, a sum could leave int32, or could do so on its way.
     """
-    rows = layer.weight.flatten(1).long()
-    bias = layer.bias.long() - layer.x_q.zero_point * rows.sum(dim=1)
-    up, down = (bias + layer.x_q.qmax * part.sum(dim=1) for part in (rows.clamp(min=0), rows.clamp(max=0)))
-    worst = max(int(up.max()), -int(down.min()))
-    if worst > INT32_MAX:
-        raise ValueError(f"{name!r}: a sum can reach ±{worst} on its way, more than int32 holds ({INT32_MAX})")
+    weight = layer.weight.flatten(1).long()
+    bias = layer.bias.long() - layer.x_q.zero_point * weight.sum(dim=1)
+    up = bias + layer.x_q.qmax * weight.clamp(min=0).sum(dim=1)
+    down = bias + layer.x_q.qmax * weight.clamp(max=0).sum(dim=1)
+    if (worst := max(int(up.max()), -int(down.min()))) > INT32_MAX:
+        raise ValueError(f"{name!r}: a sum can reach {worst}, beyond int32 ({INT32_MAX})")
     return bias
 
 

@@ -25,6 +25,7 @@ ASKED = {
     "04": "softmax_t soft_target_loss t_squared_gradient fit_temperature ece",
     "05": "kd_loss find_the_bug hint_loss attention_map_loss label_budget",
     "06": "pareto_front best_under_budget compress_to",
+    "07": "fold_zero_point grey_table shift_and_round overflow_at bits_needed widest_cnn",
 }
 by_task = pytest.mark.parametrize("task", TRIED, ids=lambda task: task.name)
 by_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
