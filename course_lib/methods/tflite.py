@@ -25,6 +25,14 @@ OPTIONS = {"CONV_2D": "Conv2DOptions", "FULLY_CONNECTED": "FullyConnectedOptions
 VERSIONS = {"CONV_2D": 3, "FULLY_CONNECTED": 4, "MAX_POOL_2D": 2, "RELU": 2}  # the first with signed 8-bit numbers
 
 
+def channels_last(weight: Tensor, flattened: list[int] | None) -> Tensor:
+    """[O, C, kh, kw] to [O, kh, kw, C]; a linear layer's columns likewise, where a map [N, H, W, C] was flattened."""
+    if weight.dim() == 2 and flattened:
+        _, height, width, channels = flattened
+        return weight.unflatten(1, (channels, height, width)).permute(0, 2, 3, 1).flatten(1)
+    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
+
+
 class Tables:
     """What a ``.tflite`` file lists; ``tip`` is the number of the last tensor, ``shape`` its [N, H, W, C] or [N, I]."""
 
@@ -34,20 +42,24 @@ class Tables:
         self.shape, self.tip = shape, None
         self.tip = self.values("images", grid)
 
-    def tensor(self, name: str, kind: str, shape, scale: Tensor, zero_point: Tensor, data: Tensor | None = None) -> int:
-        """Add a tensor, with its bytes if it is a constant, and return its number."""
+    def tensor(self, name: str, kind: str, shape, scale: Tensor, zero_point: Tensor) -> int:
+        """Add a tensor and return its number; one scale, or one an output channel (dimension 0)."""
         made = self.schema.TensorT()
         made.name, made.type, made.shape = name, getattr(self.schema.TensorType, kind), list(shape)
-        made.quantization = self.schema.QuantizationParametersT()  # one scale, or one an output channel (dimension 0)
+        made.quantization = self.schema.QuantizationParametersT()
         made.quantization.scale = scale.reshape(-1).tolist()
         made.quantization.zeroPoint = zero_point.reshape(-1).tolist()
-        if data is not None:
-            made.buffer = len(self.buffers)
-            self.buffers.append(self.schema.BufferT())
-            raw = np.ascontiguousarray(data.numpy()).astype(data.numpy().dtype.newbyteorder("<"))
-            self.buffers[-1].data = np.frombuffer(raw.tobytes(), np.uint8)
         self.tensors.append(made)
         return len(self.tensors) - 1
+
+    def constant(self, name: str, kind: str, data: Tensor, scale: Tensor) -> int:
+        """A tensor with bytes of its own, zero point 0."""
+        number = self.tensor(name, kind, data.shape, scale, torch.zeros_like(scale).long())
+        self.tensors[number].buffer = len(self.buffers)
+        self.buffers.append(self.schema.BufferT())
+        numbers = data.contiguous().numpy()
+        self.buffers[-1].data = np.frombuffer(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes(), np.uint8)
+        return number
 
     def values(self, name: str, q: QuantParams) -> int:
         """A tensor of computed 8-bit values on the grid ``q``."""
@@ -84,20 +96,18 @@ class Tables:
 
     def layer(self, name: str, step: IntegerLayer, flattened: list[int] | None) -> None:
         """A linear layer or a convolution; ``flattened`` is the shape that its input had before it was flattened."""
-        weight, scale = step.weight, step.x_q.scale * step.w_q.scale
+        weight = channels_last(step.weight, flattened)
+        kind, options = "FULLY_CONNECTED", {}
         if weight.dim() == 4:
-            kind, options = "CONV_2D", self.window(name, tuple(weight.shape[2:]), step.stride, step.padding)
-            weight = weight.permute(0, 2, 3, 1)
-        else:
-            kind, options = "FULLY_CONNECTED", {}
-            if flattened:  # its inputs come pixel by pixel, not channel by channel
-                _, height, width, channels = flattened
-                weight = weight.unflatten(1, (channels, height, width)).permute(0, 2, 3, 1).flatten(1)
+            kind = "CONV_2D"
+            options = self.window(name, weight.shape[1:3], step.stride, step.padding)
         self.shape = [*self.shape[: weight.dim() - 1], len(weight)]
-        w = self.tensor(f"{name}/weight", "INT8", weight.shape, step.w_q.scale, step.w_q.zero_point, weight)
-        b = self.tensor(f"{name}/bias", "INT32", step.bias.shape, scale, torch.zeros_like(scale).long(), step.bias)
+        w = self.constant(f"{name}/weight", "INT8", weight, step.w_q.scale)
+        bias_scale = step.x_q.scale * step.w_q.scale
+        b = self.constant(f"{name}/bias", "INT32", step.bias, bias_scale)
         act = self.schema.ActivationFunctionType
-        self.add(name, kind, step.y_q, (w, b), fusedActivationFunction=act.RELU if step.relu else act.NONE, **options)
+        options["fusedActivationFunction"] = act.RELU if step.relu else act.NONE
+        self.add(name, kind, step.y_q, (w, b), **options)
 
     def packed(self) -> bytes:
         """The whole file."""
