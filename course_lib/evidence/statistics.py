@@ -57,6 +57,8 @@ class Interval:
     __lt__, __le__ = partialmethod(_judged, "<"), partialmethod(_judged, "≤")
 
     def __format__(self, spec: str) -> str:
+        if math.isnan(self.mean):
+            return "not measured"  # an optional tool is not installed
         exact = self.n == 1 and self.low == self.high
         if not spec and exact:
             spec = ",.0f" if float(self.mean).is_integer() else ".3g"

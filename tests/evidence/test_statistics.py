@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from IPython.core.formatters import DisplayFormatter
@@ -62,6 +64,7 @@ def test_wilson_against_its_formula():
         (Interval(1.0, 1.0, 1.0, n=3), "1.00 ± 0.00"),
         (exactly(202896, "bytes"), "202,896 bytes"),
         (exactly(3.961, "×"), "3.96×"),
+        (exactly(math.nan, "×"), "not measured"),
     ],
 )
 def test_an_interval_shows_the_digits_that_it_is_worth(interval, text):
