@@ -23,7 +23,7 @@ from pathlib import Path
 
 from course_lib.classroom.answers import judge
 from course_lib.classroom.lessons import CourseError, notebooks_folder, read_notebook
-from course_lib.classroom.tasks_deployment import TASKS
+from course_lib.classroom.tasks_language import TASKS
 from course_lib.files import write_file
 
 __all__ = ["grade"]
@@ -268,9 +268,9 @@ def _seal() -> dict:
     import numpy
     import torch
 
-    from course_lib.classroom import answers, tasks_deployment, tasks_losses, tasks_sizes
+    from course_lib.classroom import answers, tasks_deployment, tasks_language, tasks_losses, tasks_sizes
 
-    modules = (answers, tasks_deployment, tasks_losses, tasks_sizes)
+    modules = (answers, tasks_deployment, tasks_language, tasks_losses, tasks_sizes)
     owners = (*modules, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
     found = {(str(o), key): (id(v), id(getattr(v, "__code__", v))) for o in owners for key, v in list(vars(o).items())}
     return found | {task: (id(it), id(it.answer), id(it.cases), it.says) for task, it in TASKS.items()}

@@ -16,7 +16,7 @@ import nbformat
 
 from course_lib.classroom.answers import Result, judge
 from course_lib.classroom.lessons import CourseError, notebooks_folder
-from course_lib.classroom.tasks_deployment import TASKS
+from course_lib.classroom.tasks_language import TASKS
 from course_lib.classroom.tasks_losses import dense_networks
 from course_lib.files import write_file
 

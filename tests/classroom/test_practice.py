@@ -26,6 +26,7 @@ ASKED = {
     "05": "kd_loss find_the_bug hint_loss attention_map_loss label_budget",
     "06": "pareto_front best_under_budget compress_to",
     "07": "fold_zero_point grey_table shift_and_round overflow_at bits_needed widest_cnn",
+    "08": "cache_bytes cached_attention pack_group gptq_step awq_search best_students",
 }
 by_task = pytest.mark.parametrize("task", TRIED, ids=lambda task: task.name)
 by_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -159,6 +160,25 @@ STYLES = {
                           ", None)"],
     "worst_hit_class": ["lambda y, b, a: np.unique(y)[np.argmin([(a[y == c] == c).float().mean() - (b[y == c] == c)"
                         ".float().mean() for c in np.unique(y)])]"],
+    "cache_bytes": ["lambda n, h, g, d, t, b: float(b / 8 * 2 * n * g * d * t)"],
+    "cached_attention": [
+        "lambda q, k, v, a, b, n: F.scaled_dot_product_attention(q[None], torch.cat([a[:n], k])[None], torch.cat([b[:n]"
+        ", v])[None], attn_mask=torch.ones(len(q), n + len(k)).tril(n).bool())[0]",
+        "lambda q, k, v, a, b, n: torch.stack([((torch.cat([a[:n], k[:i + 1]]) @ q[i] / 2).softmax(0)[:, None] * "
+        "torch.cat([b[:n], v[:i + 1]])).sum(0) for i in range(len(q))])",
+    ],
+    "pack_group": [
+        "lambda w: ((q := (w / (s := w.abs().max() / 7)).round().add(8).to(torch.uint8).view(-1, 2)) @ "
+        "torch.tensor([1, 16], dtype=torch.uint8), s)",
+    ],
+    "gptq_step": [
+        "lambda w, f, j, s: w - torch.outer(w[:, j] - s * (w[:, j] / s).round(), f[j] / f[j, j] * "
+        "(torch.arange(len(f)) >= j))",
+    ],
+    "best_students": [
+        "lambda t, p: (F.kl_div(p.log(), t.expand_as(p), reduction='none').sum(1).argmin(), "
+        "F.kl_div(t.log().expand_as(p), p, reduction='none').sum(1).argmin())",
+    ],
 }  # fmt: skip
 
 
@@ -203,6 +223,9 @@ UNLISTED = {
     "paired_interval": {"lambda a, b: sum(interval(a, b)) / 2": "expected a tuple of 2"},
     "hold_zeros": {"lambda masks: masks": "raised TypeError"},
     "cubic_sparsity": {"lambda step, steps, final: print('debug')": "hides what it prints"},
+    "pack_group": {"lambda w: (w.abs() * 0, 1.0)": "item 1", "lambda w: torch.zeros(len(w) // 2)": "you return"},
+    "cached_attention": {"lambda q, k, v, a, b, n: v + 0 * a.zero_().sum()": "past_k was changed"},
+    "best_students": {"lambda t, p: 1": "tuple of 2"},
 }
 
 
@@ -259,6 +282,17 @@ def test_the_answers_agree_with_the_library():
     for name, answer in library.items():
         assert (result := judge(TASKS[name], answer)), result
     assert code_lengths([5, 1, 1, 1]) == TASKS["huffman_lengths"].answer([5, 1, 1, 1])
+
+
+def test_gptq_is_the_learners_step_column_by_column():
+    from course_lib.methods.gptq import correction, gptq
+    from course_lib.methods.quantization import QuantParams
+
+    weight, x = torch.randn(3, 5), torch.randn(40, 5) @ torch.randn(5, 5)
+    w, factor = weight.double(), correction(weight, x.T @ x, 0.01)
+    for j in range(5):
+        w = TASKS["gptq_step"].answer(w, factor, j, 0.25)
+    torch.testing.assert_close(gptq(weight, x.T @ x, QuantParams(0.25, 0, -100, 100)), w.float())
 
 
 # --- what a check shows ----------------------------------------------------------------------------------------------
