@@ -62,17 +62,21 @@ def ask(question: str, options: str = "abc") -> None:
     import ipywidgets as widgets
     from IPython.display import display
 
-    option = widgets.ToggleButtons(options=list(options), style={"button_width": "3em"})
+    # A row of boxes fits a small window.
+    whole, narrow, slim = {"flex": "none", "width": "auto"}, {"width": "17em"}, {"description_width": "auto"}
+    option = widgets.ToggleButtons(options=list(options), style={"button_width": "3em"}, layout=whole)
     chance = round(100 / len(options))
-    sure = widgets.IntSlider(value=max(50, chance), min=chance, max=100, step=5, description="sure (%)")
-    button, said = widgets.Button(description="keep"), widgets.Label("an answer is optional")
+    sure = widgets.IntSlider(
+        value=max(50, chance), min=chance, max=100, step=5, description="sure (%)", style=slim, layout=narrow
+    )
+    button, said = widgets.Button(description="keep", layout=whole), widgets.Label("an answer is optional")
 
     def clicked(_) -> None:
         keep(question, option.value, sure.value / 100)
         said.value = f"kept: {option.value}, {sure.value} % sure"
 
     button.on_click(clicked)
-    display(widgets.HBox([option, sure, button, said]))
+    display(widgets.HBox([option, sure, button, said], layout={"flex_flow": "row wrap"}))
 
 
 def brier(forecasts: dict[str, tuple[str, float]]) -> float:
