@@ -138,7 +138,6 @@ P, Y = torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("rows", "labels", "error", "text"),
     [
-        ([[0.5, 0.5]], Y, TypeError, "got list"),
         (P.long(), Y, TypeError, "floating-point tensor"),
         (P, Y.float(), TypeError, "labels an int64 tensor .* and torch.float32"),
         (P[0], Y, ValueError, r"must be \[N, K\]"),

@@ -83,14 +83,12 @@ def test_archives_and_names_with_dots_are_read_where_they_lie(tmp_path, dots, pa
     ("number", "change", "says"),
     [
         (0, lambda data: data[: len(data) // 2], r"is truncated: \d+ bytes, while its header \(100x28x28\)"),
-        (0, lambda data: b"", "does not start with 00 00 08 03"),
         (0, lambda data: data[:12], "does not start with 00 00 08 03"),
         (0, lambda data: gzip.compress(data), "still compressed"),
         (0, lambda data: flipped(data, 4), "truncated"),  # a count of hundreds of millions allocates nothing
         (0, lambda data: idx_bytes(np.zeros((100, 56, 14))), "holds 100x56x14, and this data set has images of 28x28"),
         (2, lambda data: data + b"x", "is too long"),
         (1, lambda data: flipped(data, 3), r"does not start with 00 00 08 01 \(IDX\) but with 00 00 08 11"),
-        (1, lambda data: flipped(data, 2), "does not start with"),  # of another type
         (1, lambda data: idx_bytes(np.zeros(99)), "99 labels for 100 images"),
         (3, lambda data: data[:8] + b"\x63" + data[9:], "the label 99 at 0: labels go to 9"),
         (3, lambda data: data[:9] + b"\x0a" + data[10:], "the label 10 at 1"),
@@ -175,7 +173,6 @@ GOOD = {"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2]}
     ("content", "says"),
     [
         (Calls(os.mkdir, "made"), "it asks for posix.mkdir, which no data set needs"),
-        (Calls(eval, "1"), "it asks for builtins.eval"),
         (GOOD | {"labels": Calls(np.load, "made")}, "it asks for numpy"),
         (GOOD | {"data": Calls(np.ndarray, (2, 3072), np.dtype("u1"))}, "not callable"),
         (GOOD | {"data": np.array([[object]])}, "no batch of CIFAR's"),
@@ -183,12 +180,9 @@ GOOD = {"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2]}
         (GOOD | {"data": np.zeros((2, 3071), np.uint8)}, r"holds data uint8 \(2, 3071\)"),
         (GOOD | {"labels": [1.0, 2.0]}, "labels float64"),
         (GOOD | {"labels": [[1], [2]]}, r"labels int64 \(2, 1\)"),
-        (GOOD | {"labels": [1]}, "1 labels for 2 images"),
         (GOOD | {"labels": [1, 10]}, "the label 10 at 1: labels go to 9"),
-        (GOOD | {"labels": [-1, 1]}, "the label -1 at 0"),
         ({"data": np.zeros((0, 3072), np.uint8), "labels": np.zeros(0, int)}, "0 labels for 0 images"),
         ({"data": GOOD["data"]}, "labels object"),
-        ([1], "no batch of CIFAR's"),
     ],
 )
 def test_a_pickle_may_hold_arrays_and_nothing_else(tmp_path, monkeypatch, content, says):

@@ -191,7 +191,7 @@ def test_a_bar_only_for_a_person(few, monkeypatch, capsys):
     [
         ({"epochs": 0}, "epochs"),
         ({"lr": float("nan")}, "lr"),
-        ({"lr": -1.0}, "lr"),
+        ({"lr": 0.0}, "lr"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"schedule": "sine"}, "constant, linear, cosine"),
     ],

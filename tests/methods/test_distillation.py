@@ -215,19 +215,15 @@ def test_with_some_labels_unknown_the_hard_term_is_the_mean_over_the_known(alpha
     [
         ({"temperature": 0}, ValueError, "temperature must be a finite number above 0, got 0"),
         ({"alpha": -0.1}, ValueError, "alpha must be a finite number .*, got -0.1"),
-        ({"alpha": math.nan}, ValueError, "got nan"),
         ({"alpha": True}, TypeError, "alpha must be a number, got bool"),
         ({"teacher": torch.zeros(16, 9)}, ValueError, r"same shape \[\.\.\., K\].*got \(16, 10\) and \(16, 9\)"),
-        ({"teacher": torch.zeros(1, 10)}, ValueError, r"got \(16, 10\) and \(1, 10\)"),
         ({"teacher": torch.zeros(16, 10, requires_grad=True)}, ValueError, r"frozen\(teacher\)"),
         ({"student": torch.zeros(16, 10).long()}, TypeError, "student_logits must be a floating-point"),
-        ({"student": [[1.0]]}, TypeError, "got list"),
         ({"student": torch.zeros(0, 10), "teacher": torch.zeros(0, 10)}, ValueError, "empty batch"),
         ({"labels": torch.full((16,), 10)}, ValueError, "0 to 9 for 10 classes, got 10 to 10"),
         ({"labels": torch.full((16,), -1)}, ValueError, "got -1 to -1"),
         ({"labels": torch.full((16,), -100)}, ValueError, "got -100 to -100"),  # torch would ignore these
         ({"labels": torch.zeros(16)}, TypeError, "int64 tensor.* got dtype torch.float32"),
-        ({"labels": [0] * 16}, TypeError, "got list"),
         ({"labels": torch.zeros(15).long()}, ValueError, r"shape \(16,\) to fit logits \(16, 10\), got \(15,\)"),
     ],
 )

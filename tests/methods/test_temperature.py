@@ -88,11 +88,8 @@ BAD_NUMBERS = [
     (math.inf, ValueError, "got inf"),
     (torch.tensor(0.0), ValueError, "above 0, got 0"),
     (torch.tensor(math.nan), ValueError, "got nan"),
-    (torch.tensor(math.inf), ValueError, "got inf"),
     (torch.ones(2), ValueError, r"tensor without dimensions, got shape \(2,\)"),
     ("2", TypeError, "temperature must be a number, got str"),
-    (True, TypeError, "got bool"),
-    (None, TypeError, "got NoneType"),
 ]
 
 
@@ -118,7 +115,6 @@ def test_numbers_with_both_ends():
     [
         ([1.0, 2.0], TypeError, "logits must be a floating-point tensor .* got list"),
         (torch.tensor([1, 2]), TypeError, "got dtype torch.int64"),
-        (torch.tensor(1.0), ValueError, "at least one class"),
         (torch.empty(3, 0), ValueError, r"at least one class along dim=-1, got shape \(3, 0\)"),
         (torch.tensor([1.0, math.nan]), ValueError, "with 1 NaN and 0"),
         (torch.tensor([1.0, math.inf]), ValueError, r"with 0 NaN and 1 \+inf"),
