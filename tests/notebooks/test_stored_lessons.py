@@ -146,6 +146,15 @@ def test_its_links_exist(number):
         assert (LESSONS[number].path.parent / link).exists(), link
 
 
+@each
+def test_it_leads_back_on_and_up(number):
+    order, here = list(LESSONS), LESSONS[number].path
+    links = {(here.parent / link).resolve() for link in re.findall(r"\]\(([^)\s#:]+\.ipynb)", prose(number))}
+    place = order.index(number)
+    wanted = {order[0], *order[max(place - 1, 0) : place], *order[place + 1 : place + 2]} - {number}
+    assert {other for other in wanted if LESSONS[other].path.resolve() not in links} == set()
+
+
 def test_article_sections_are_covered_exactly_once():
     covered = [(number[:2], section) for number, lesson in LESSONS.items() for section in lesson.sections]
     assert len(covered) == len(set(covered))
