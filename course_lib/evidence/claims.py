@@ -42,7 +42,8 @@ class Claim:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         aside = f" Expected, not seen: {self.expected}." if self.expected else ""
-        sentence = self.sentence + (" (does not hold here)" if self.status == "not here" else "") + aside
+        unseen = " (not measured here)" if "not measured" in self.measured else " (does not hold here)"
+        sentence = self.sentence + (unseen if self.status == "not here" else "") + aside
         measured, mark = self.measured + (f"; {self.note}" if self.note else ""), MARKS[self.status]
         return {
             MIME: {"claims": [asdict(self)]},
@@ -96,6 +97,7 @@ class Ledger:
             parts = tuple(
                 dict(value=i.mean, low=i.low, high=i.high, n=i.n, relation=relation, bound=bound, unit=i.unit)
                 for i, relation, bound in holds.parts
+                if i.mean == i.mean  # not a number: an optional tool is not installed
             )
             measured = holds.measured if measured is None else measured
             truth = bool(holds)

@@ -86,3 +86,11 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="an id and a sentence"):
         ledger.claim("07.c", " ", True, measured=1)
     assert ledger.claims == []
+
+
+def test_what_was_not_measured_is_neither_false_nor_a_number():
+    ledger = Ledger("07")
+    claim = ledger.claim("07.x", "Fewer.", exactly(float("nan")) < 1, hardware="a compiler", here=False)
+    assert claim.status == "not here"
+    assert claim.parts == ()
+    assert claim._repr_mimebundle_()["text/plain"] == "– Fewer. (not measured here) [not measured; needs a compiler]"
