@@ -88,7 +88,7 @@ class Tables:
         same = all(b == 2 * p for b, p in zip(border, padding, strict=True))
         same &= after == [-(-n // s) for n, s in zip((height, width), stride, strict=True)]
         if any(padding) and not same:
-            fits = f"LiteRT knows no border, or the one that keeps n / stride pixels: {[b / 2 for b in border]} here"
+            fits = f"LiteRT knows none, or 'same', which adds {border} in all, an odd pixel at the end"
             raise UnsupportedModel(f"{name!r}: a border of {padding} around {height}×{width} cannot be written: {fits}")
         self.shape = [self.shape[0], *after, self.shape[3]]
         kind = self.schema.Padding.SAME if any(padding) else self.schema.Padding.VALID
