@@ -108,7 +108,10 @@ def _sources(notebooks: Path) -> dict[str, bytes]:
         raise CourseError(f"there is no {FIRST} in {notebooks}; --notebooks DIR says where the lessons are")
     places = {path.relative_to(notebooks): path for path in sorted(notebooks.rglob("*.ipynb"))}
     skipped = {p for p in places if p.parts[0] == NOT_COPIED or any(part.startswith(".") for part in p.parts)}
-    return {p.as_posix(): path.read_bytes() for p, path in places.items() if p not in skipped}
+    wanted = {p.as_posix(): path for p, path in places.items() if p not in skipped}
+    # A lesson's ../../docs/ leads to docs/ in JupyterLab, which has nothing above its own folder.
+    wanted |= {f"docs/{path.name}": path for path in sorted(notebooks.resolve().with_name("docs").glob("demo.*"))}
+    return {place: path.read_bytes() for place, path in wanted.items()}
 
 
 def _hash(data: bytes) -> str:
@@ -135,9 +138,9 @@ def _named(words: Sequence[str], notebooks: Path, sources: dict[str, bytes], wor
     if not words:
         raise CourseError('which notebook? For instance: make fresh FILES="02.1 02_pruning/practice"')
     for word in words:
-        plain = word.replace("\\", "/").removeprefix(f"{shown_path(work)}/").removesuffix(".ipynb") + ".ipynb"
-        lessons = [plain] if plain in sources else None
-        chosen |= set(lessons or (x.place.as_posix() for x in select_lessons(find_lessons(notebooks), [word])))
+        plain = word.replace("\\", "/").removeprefix(f"{shown_path(work)}/")
+        places = [place for place in (plain, f"{plain}.ipynb") if place in sources]
+        chosen |= set(places or (x.place.as_posix() for x in select_lessons(find_lessons(notebooks), [word])))
     return [place for place in sources if place in chosen]
 
 

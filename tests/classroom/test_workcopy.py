@@ -110,10 +110,14 @@ def test_links_of_the_copy_lead_to_notebooks_of_the_copy(tmp_path):
     update_copy(notebooks_folder(), tmp_path)
     places = notebooks_of(tmp_path)
     assert len(places) > 30
+    assert (tmp_path / "docs" / "demo.html").exists()
     for place in places:
-        for cell in json.loads((tmp_path / place).read_text(encoding="utf-8"))["cells"]:
+        cells = json.loads((tmp_path / place).read_text(encoding="utf-8"))["cells"]
+        for cell in (cell for cell in cells if cell["cell_type"] == "markdown"):
             for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)\s#]+)", "".join(cell["source"])):
-                assert (tmp_path / place).parent.joinpath(link).exists(), (place, link)
+                # JupyterLab has nothing above its own folder: what leads beyond ends there.
+                step = Path(os.path.normpath(Path("/", place).parent / link)).relative_to("/")
+                assert (tmp_path / step).exists(), (place, link)
 
 
 def test_practice_in_the_copy_is_graded(tmp_path):
