@@ -58,7 +58,7 @@ class Split:
 
     def subset(self, indices) -> "Split":
         """The images at those positions [M] (in -N..N-1, or a bool mask [N]), in that order, as a copy."""
-        index = _positions(indices)
+        index = _positions(indices, len(self))
         return Split(self.images[index], self.labels[index])
 
 
@@ -95,8 +95,8 @@ class Splits(Sequence):
         return self.pool.labels[self.index]
 
     def subset(self, indices) -> "Splits":
-        """The images at those positions of *each* replica's split, such as ``range(100)`` for its first hundred."""
-        return Splits(self.pool, self.index[:, _positions(indices)])
+        """Those of *each* replica's split: ``range(100)`` is its first hundred, or all where it has fewer."""
+        return Splits(self.pool, self.index[:, _positions(indices, self.images_each)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +196,9 @@ def load_replicas(
     return DataSplits(train, pool.subset(torch.as_tensor(val)), test, name, raw.class_names, mean, std)
 
 
-def _positions(indices) -> Tensor:
-    """``indices`` as int64 positions or a bool mask; torch says what is out of range."""
+def _positions(indices, count: int) -> Tensor:
+    """``indices`` as int64 positions or a bool mask; a range ends with the images, as a slice does."""
+    indices = [i for i in indices if i < count] if isinstance(indices, range) else indices
     index = indices if isinstance(indices, Tensor) else torch.as_tensor(np.asarray(indices))
     if index.numel() and (index.is_floating_point() or index.is_complex()):
         raise TypeError(f"indices must be integers or a bool mask, got {index.dtype}")

@@ -287,6 +287,7 @@ def test_splits_are_a_sequence():
     assert [s.labels.tolist() for s in splits] == splits.labels.tolist() == [[5, 0, 2], [1, 3, 4]]
     assert (len(splits[:1]), splits[-1].images.flatten().tolist()) == (1, [1.0, 3.0, 4.0])
     assert splits.subset([True, False, True]).labels.tolist() == [[5, 2], [1, 4]]
+    assert splits.subset(range(1, 99)).labels.tolist() == [[0, 2], [3, 4]]  # lessons ask small sets for more, too
     with pytest.raises(IndexError, match="out of bounds"):
         splits.subset([3])
     with pytest.raises(ValueError, match=r"int64 \[replicas, images\]"):
