@@ -144,7 +144,7 @@ def stage(folder: Path) -> list[Path]:
         notebook = readied(read_notebook(NOTEBOOKS / place)[0], place.name)
         target.write_text(json.dumps(notebook), encoding="utf-8")
     (folder / "reference").mkdir()
-    (folder / "docs").mkdir()
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("book", "*.json"))
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         (folder / document).write_text(text.replace(" ± ", "\u00a0±\u00a0"), encoding="utf-8")

@@ -18,6 +18,22 @@ LESSONS = find_lessons(ROOT / "notebooks")
 each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.number)
 PHONE, LAPTOP = {"width": 390, "height": 800}, {"width": 1280, "height": 800}
 
+# What sticks out on the right and cannot be scrolled by itself: the theme cuts it off.
+OUTSIDE = """() => {
+  const rolls = (e) =>
+    e && e.tagName != "ARTICLE" && (/auto|scroll/.test(getComputedStyle(e).overflowX) || rolls(e.parentElement));
+  const wide = [document.documentElement, ...document.querySelectorAll("article *")].filter((e) => {
+    const box = e.getBoundingClientRect();
+    return box.width && box.right > document.documentElement.clientWidth + 1 && !rolls(e);
+  });
+  return wide.map((e) => e.outerHTML.slice(0, 100));
+}"""
+PROSE = """() => [...document.querySelectorAll("article :is(p, li, td), .toc-tree")].map((e) => {
+  const copy = e.cloneNode(true);
+  copy.querySelectorAll("code, pre, script").forEach((part) => part.remove());
+  return copy.textContent;
+})"""
+
 
 def write(kind, folder):
     """What `make book` or `make slides` runs."""
@@ -135,19 +151,26 @@ def test_a_lesson_reads_well_on_a_phone_and_a_laptop(book, tab, lesson):
     formulas = tab.locator("article .math").count()
     assert tab.locator("article .math mjx-container svg").count() >= formulas
     assert tab.locator("mjx-merror, [data-mjx-error]").count() == 0
-    prose = tab.evaluate("[...document.querySelectorAll('article p, article li, .toc-tree')].map(e => e.innerText)")
-    assert not re.search(r"\$\\?[a-z]|\\\(|\\frac", "\n".join(prose), re.I)
+    assert not re.search(r"\$\\?[a-z]|\\\(|\\frac", "\n".join(tab.evaluate(PROSE)), re.I), "a formula as it was typed"
     tab.click("button.unfold")
     assert tab.locator("article details:not([open])").count() == 0
     for size in (PHONE, LAPTOP):
         tab.set_viewport_size(size)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= size["width"], size
+        assert tab.evaluate(OUTSIDE) == [], size
 
 
 def test_other_pages_fit_a_phone(book, tab):
-    for name in ("index", "glossary", "docs/claims", "docs/TEACHING", "CONTRIBUTING", "reference/course_lib.gate"):
+    for name in (
+        "index",
+        "glossary",
+        "docs/claims",
+        "docs/TEACHING",
+        "CONTRIBUTING",
+        "genindex",
+        "reference/course_lib.gate",
+    ):
         go(tab, book / f"{name}.html")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+        assert tab.evaluate(OUTSIDE) == [], name
 
 
 def test_a_reader_opens_a_fold_goes_on_searches_and_turns_off_the_light(book, tab):
