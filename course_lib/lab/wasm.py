@@ -29,12 +29,15 @@ def compile_wasm(source: str) -> bytes:
     ``run(times)``. CompilerError: the package ziglang is not installed, or its compiler refuses the source.
     """
     if not importlib.util.find_spec("ziglang"):
-        raise CompilerError("compiling for a browser needs the package ziglang: pip install ziglang")
-    flags = ["-target", "wasm32-freestanding", "-O2", "-nostdlib", "-s", "-Wl,--no-entry"]
+        raise CompilerError("wasm needs the package ziglang: pip install ziglang")
+    compiler = [sys.executable, "-m", "ziglang", "cc"]
+    flags = ["-target", "wasm32-freestanding", "-O2", "-s"]
+    flags += ["-nostdlib", "-Wl,--no-entry"]
     flags += [f"-Wl,--export={name}" for name in EXPORTS]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "network.wasm")
-        return run_compiler(source + BRIDGE, target, flags, [sys.executable, "-m", "ziglang", "cc"]).read_bytes()
+        run_compiler(source + BRIDGE, target, flags, compiler)
+        return target.read_bytes()
 
 
 def load_wasm(module: bytes, source: str) -> Callable[[np.ndarray], np.ndarray]:

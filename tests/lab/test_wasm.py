@@ -45,5 +45,5 @@ def test_a_compiler_that_refuses_or_is_missing(source, monkeypatch):
     with pytest.raises(CompilerError, match="undeclared identifier"):
         wasm.compile_wasm(source.replace("int32_t sum", "int32_t sun"))
     monkeypatch.setattr(wasm.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CompilerError, match="needs the package ziglang: pip install ziglang"):
+    with pytest.raises(CompilerError, match="wasm needs the package ziglang: pip install ziglang"):
         wasm.compile_wasm(source)
