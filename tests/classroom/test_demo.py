@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from course_lib.classroom import demo
+from course_lib.gate import UnsupportedModel
 from course_lib.lab import compile as lab_compile
 from course_lib.methods.c_source import raw_pixels
+from course_lib.methods.integer import IntegerNetwork, integer_network
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "demo.html"
@@ -202,6 +205,13 @@ def test_strokes_are_reduced_as_the_data_set_was(visit, digits):
     assert abs((seen.sum(axis=0) > 0).sum() - 6) <= 1
     assert seen[0, 2:6].mean() > 3 * max(1, seen[5, :2].mean())
     assert page.evaluate("pixels([[[0.5, 0.5]]]).some((v) => v > 0)"), "a single dot is no error"
+
+
+def test_a_network_that_cannot_be_written_is_named(digits):
+    network = integer_network(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits.val.images)
+    foreign = IntegerNetwork((*network.steps, ("soft", nn.Softmax(dim=1))), network.x_q, network.y_q)
+    with pytest.raises(UnsupportedModel, match=r"'soft' .* cannot be written as C"):
+        demo.demo_page([demo.Entry("Soft", "", foreign)], digits)
 
 
 def test_without_a_compiler_no_page_is_left(monkeypatch, tmp_path):
