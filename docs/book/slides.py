@@ -70,7 +70,8 @@ class Slide:
     full: bool = False  # has a picture or a table: the next one needs a slide of its own
 
     def __str__(self) -> str:
-        shown, notes = self.shown or self.code[:1], self.notes
+        begins = self.heading.startswith("<h1")  # with why, not with code
+        shown, notes = self.shown or ([] if begins else self.code[:1]), self.notes
         if not shown and notes:
             shown, notes = notes[:1], notes[1:]
         return f"<section>\n{self.heading}\n{''.join(shown)}\n<aside class='notes'>{''.join(notes)}</aside>\n</section>"
