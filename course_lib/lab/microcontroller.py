@@ -78,7 +78,7 @@ BOARDS = (
 
 
 def missing_packages() -> list[str]:
-    """Which of the two packages are not installed here: ``pip install`` them, or ``course[microcontroller]``."""
+    """Which of the two packages are not installed here; ``pip install ziglang unicorn`` brings them."""
     return [name for name in ("ziglang", "unicorn") if importlib.util.find_spec(name) is None]
 
 

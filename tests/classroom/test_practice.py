@@ -352,6 +352,21 @@ def test_compress_to_measures_the_file_and_keeps_the_attempts():
     assert "not yet. It returned None; a network is expected." in check("compress_to", lambda m, train, val: None).text
 
 
+def test_widest_cnn_is_measured_on_an_emulated_core_or_in_its_file(monkeypatch):
+    from course_lib.lab import microcontroller
+
+    monkeypatch.setattr(microcontroller, "missing_packages", lambda: ["unicorn"])
+    answer = TASKS["widest_cnn"].answer
+    assert "arrays of 368 and 1,472 bytes (no emulator here)" in check("widest_cnn", answer).text
+    assert "The stack is forgotten." in check("widest_cnn", lambda ram, stack: answer(ram, 0)).text
+    assert check("widest_cnn", lambda ram, stack: None).text.startswith("not yet. It returned None")
+    monkeypatch.undo()
+    if microcontroller.missing_packages():
+        pytest.skip("pip install ziglang unicorn to test the rest")
+    told = re.search(r"On an emulated Cortex-M4 that network takes ([\d,]+), stack", check("widest_cnn", answer).text)
+    assert 368 + 1472 < int(told[1].replace(",", "")) <= 2048
+
+
 # --- notebooks -------------------------------------------------------------------------------------------------------
 
 
