@@ -116,7 +116,8 @@ class NGram:
             row = torch.searchsorted(contexts, code).clamp(max=len(contexts) - 1)
             count = counts[row] * (contexts[row] == code)[..., None]
             kinds = (count > 0).sum(-1, keepdim=True)
-            p = torch.where(kinds > 0, (count + kinds * p) / (count.sum(-1, keepdim=True) + kinds).clamp(min=1), p)
+            total = count.sum(-1, keepdim=True)
+            p = torch.where(kinds > 0, (count + kinds * p) / (total + kinds).clamp(min=1), p)
         return p.log()
 
 
@@ -133,16 +134,21 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: "Cache | None" = None, number: int = 0) -> Tensor:
         """[N, T, width] → the same shape; with a cache it attends to what is kept there, too."""
         parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [N, heads, T, width each]
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
         past = cache.length if cache else 0
-        q, k = rotated(q, past), rotated(k, past)
+        q, k = rotated(q, past), rotated(k, past)  # [N, heads, T, width / heads]
         if cache:
             k, v = cache.extend(number, k, v)
-        new, seen = q.shape[2], k.shape[2]
-        mask = None if new in (1, seen) else torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < new == seen)
+        mixed = causal_attention(q, k, v)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
         return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Means of the values [N, heads, S, d], weighted by how well keys fit the queries of the last T ≤ S places."""
+    new, seen = q.shape[2], k.shape[2]
+    mask = None if new in (1, seen) else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < new == seen)
 
 
 def rotated(x: Tensor, past: int) -> Tensor:

@@ -15,7 +15,9 @@ from course_lib.methods.quantization import QuantParams, naming, straight_throug
 __all__ = ["gptq", "gptq_layers", "input_hessian"]
 
 
-def gptq(weight: Tensor, hessian: Tensor, q: QuantParams, *, damping: float = 0.01) -> Tensor:
+def gptq(
+    weight: Tensor, hessian: Tensor, q: QuantParams, *, damping: float = 0.01
+) -> Tensor:  # fmt: skip
     """The weights of a linear layer, float32 [O, I], on the grid ``q``: each column rounded, its error passed on.
 
     Args:
@@ -32,7 +34,8 @@ def gptq(weight: Tensor, hessian: Tensor, q: QuantParams, *, damping: float = 0.
     >>> gptq(w, twins, QuantParams(1.0, 0, -3, 3))  # so 0 + 1 is closer to 0.8 than 0 + 0
     tensor([[0., 1.]])
     """
-    w, u = real_tensor(weight, "weight").double().clone(), correction(weight, hessian, damping)
+    w = real_tensor(weight, "weight").double().clone()
+    u = correction(weight, hessian, damping)
     scale, zero = (t.expand_as(w) for t in q.shaped_for(w))
     for j in range(w.shape[1]):
         rounded = straight_through(w[:, j], scale[:, j], zero[:, j], q.qmin, q.qmax)
