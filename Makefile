@@ -55,7 +55,7 @@ setup-dev: setup
 	  rm -f $(VENV)/installed-dev.lock && $(PIP) --no-deps -r requirements-dev.lock && \
 	  cp requirements-dev.lock $(VENV)/installed-dev.lock; }
 
-course: setup  ## execute the lessons; CHAPTERS="02 05.1" DATASET=mnist PROFILE=full JOBS=2 SEED=1 narrow or widen it
+course: setup  ## execute the lessons; CHAPTERS="02 05.1" DATASET=mnist PROFILE=full JOBS=1 SEED=1 narrow or widen it
 	@$(PY) -m course_lib run $(CHAPTERS) --dataset $(DATASET) --profile $(PROFILE) --seed $(SEED) --jobs $(JOBS) $(RUN_FLAGS)
 
 lab: setup  ## open JupyterLab on work/, your own copy of the lessons; LAB_FLAGS="--no-browser --port 9000" goes to JupyterLab

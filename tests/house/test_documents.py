@@ -134,9 +134,9 @@ def test_make_installs_the_learners_lock_and_the_tools_on_top(make, tmp_path):
     code, told = make("course", "CHAPTERS=02 05.1", "SEED=3")
     assert code == 0
     assert [line.split()[-1] for line in told[:2]] == ["requirements.lock", "."]
-    assert told[2] == "-m course_lib run 02 05.1 --dataset digits --profile quick --seed 3 --jobs 1"
+    assert told[2] == "-m course_lib run 02 05.1 --dataset digits --profile quick --seed 3 --jobs 2"
     assert make("replicate", "SEEDS=1 2", "DATASET=mnist")[1] == [
-        "-m course_lib replicate --seeds 1 2 --dataset mnist --profile quick --jobs 1"
+        "-m course_lib replicate --seeds 1 2 --dataset mnist --profile quick --jobs 2"
     ]
     code, told = make("lint")
     assert (code, [line.split()[-1] for line in told]) == (0, ["requirements-dev.lock"])
