@@ -51,7 +51,8 @@ def test_metadata_says_what_it_is(number):
     assert about["lesson"] == number
     assert about["title"]
     assert 0 < about["minutes"] <= 30
-    assert 0 < about["seconds"] <= 60
+    # Chapter 08 trains language models, once: what its lessons share stays in the cache.
+    assert 0 < about["seconds"] <= (150 if number.startswith("08") else 60)
     assert set(about) >= {"sections"}
     assert prose(number).lstrip().startswith("# ")
 
