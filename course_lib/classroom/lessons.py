@@ -79,6 +79,7 @@ class Lesson:
     sections: tuple[str, ...] = ()  # of the article
     minutes: float | None = None  # reading time, as the metadata say
     seconds: float | None = None  # run time
+    extras: tuple[str, ...] = ()  # modules that its stored outputs need and a learner's installation lacks
     parameters: dict[str, Parameter] = field(default_factory=dict)
     data: bytes = b""  # the bytes that were read
     notebook: dict[str, Any] = field(default_factory=dict)  # what they say, made sound
@@ -96,11 +97,11 @@ class Lesson:
         prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
         heading = re.search(r"^#+[ \t]+(.+)$", prose, re.MULTILINE)
         title = str(about.get("title") or (heading[1].strip() if heading else self.path.stem))
-        sections = about.get("sections") or []
-        sections = tuple(map(str, sections if isinstance(sections, list) else [sections]))
+        sections, extras = (about.get(name) or [] for name in ("sections", "extras"))
+        sections, extras = (tuple(map(str, x if isinstance(x, list) else [x])) for x in (sections, extras))
         tagged = next((cell["source"] for cell in cells if "parameters" in cell["metadata"]["tags"]), "")
         return replace(
-            self, title=title, sections=sections, minutes=about.get("minutes"), seconds=about.get("seconds"),
+            self, title=title, sections=sections, minutes=about.get("minutes"), seconds=about.get("seconds"), extras=extras,
             parameters=_parameters(tagged, self.place), data=data, notebook=notebook,
         )  # fmt: skip
 

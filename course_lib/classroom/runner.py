@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,9 @@ class _Run:
         kept = self.folder / lesson.place.with_name(f"{lesson.path.stem}-failed.ipynb")
         if self.store and not failure:
             false = [c for c in claims_of([executed]) if c["status"] == "fails"]
+            if absent := [name for name in lesson.extras if find_spec(name) is None]:
+                self._say(f"{label}: executed, and left as it is: its stored outputs need {', '.join(absent)}")
+                return
             if lesson.path.read_bytes() != lesson.data:
                 failure = "its file was changed while it ran, and was left as it is"
             elif false:

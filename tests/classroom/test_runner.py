@@ -264,6 +264,20 @@ def test_store_puts_clean_outputs_into_the_lessons(tmp_path, monkeypatch):
     assert good.read_bytes() == first
 
 
+def test_store_keeps_what_only_an_extra_can_make_anew(tmp_path):
+    folder = tmp_path / "notebooks"
+    path = write_notebook(folder / "01_a" / "1_extra.ipynb", "1 + 1")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for extras, kept in ((["json", "no_such_module"], True), (["json"], False)):
+        notebook["metadata"]["course"] = {"lesson": "01.1", "extras": extras}
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+        before = path.read_bytes()
+        code, text, _ = course("run", "--notebooks", folder, "--store")
+        assert code == 0
+        assert ("left as it is: its stored outputs need no_such_module" in text) == kept
+        assert (path.read_bytes() == before) == kept
+
+
 def test_a_cell_has_a_time_limit(tmp_path):
     write_notebook(tmp_path / "n" / "01_sleeps.ipynb", "import time; time.sleep(100)", parameters=None)
     code, text, _ = course("run", "--notebooks", tmp_path / "n", "--output", tmp_path / "out", "--timeout", 1)
