@@ -23,7 +23,7 @@ _RIGHT = """
     05.1-1 c, 05.2-1 a, 05.2-2 b, 05.3-1 c, 05.4-1 d
     06.1-1 d, 06.1-2 c, 06.2-1 a, 06.2-2 b, 06.3-1 b, 06.3-2 b, 06.4-1 b
     07.1-1 a, 07.1-2 b, 07.2-1 d, 07.2-2 c, 07.3-1 c, 07.3-2 b, 07.4-1 b, 07.4-2 d
-    08.1-1 a, 08.1-2 b, 08.2-1 c, 08.2-2 c, 08.3-1 c, 08.3-2 a, 08.3-3 c, 08.3-4 b, 08.4-1 b, 08.4-2 c
+    08.1-1 a, 08.1-2 b, 08.2-1 c, 08.2-2 c, 08.3-1 c, 08.3-2 a, 08.3-3 c, 08.3-4 b, 08.4-1 b, 08.4-2 b
 """
 ANSWERS = dict(entry.split() for entry in _RIGHT.replace("\n", ",").split(",") if entry.strip())
 """Question -> the option that was measured; a test holds it against the lessons' folded answers."""
