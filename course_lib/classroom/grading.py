@@ -40,7 +40,7 @@ def grade(
     """Grade every notebook under ``folder``, or one notebook, into a CSV: file, name, task, points, of, hint, sha256.
 
     Files that ``output`` (``grades.csv`` in the folder by default) already has, unchanged, are not run again: a grading
-    that was stopped goes on. By default each notebook is graded as the ``chapter`` whose tasks it has. One step of it (a
+    that was stopped goes on. By default a notebook is graded as the ``chapter`` whose tasks it has. One step of it (a
     cell, or a check) may take so many ``seconds``, and ``memory`` in gigabytes beyond the library's.
     """
     one, chapters = [Path(folder)] if Path(folder).is_file() else [], _chapters(notebooks)

@@ -101,7 +101,8 @@ class Lesson:
         sections, extras = (tuple(map(str, x if isinstance(x, list) else [x])) for x in (sections, extras))
         tagged = next((cell["source"] for cell in cells if "parameters" in cell["metadata"]["tags"]), "")
         return replace(
-            self, title=title, sections=sections, minutes=about.get("minutes"), seconds=about.get("seconds"), extras=extras,
+            self, title=title, sections=sections, extras=extras,
+            minutes=about.get("minutes"), seconds=about.get("seconds"),
             parameters=_parameters(tagged, self.place), data=data, notebook=notebook,
         )  # fmt: skip
 

@@ -48,8 +48,8 @@ def run_lessons(
 ) -> int:  # fmt: skip
     """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
-    ``words`` say which (see :func:`~course_lib.classroom.lessons.select_lessons`), ``given`` are texts for parameters.
-    ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed before from the same bytes,
+    ``words`` say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``given`` are parameters' texts.
+    ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed from the same bytes,
     values and library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
 
     Returns 0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when

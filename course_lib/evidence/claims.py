@@ -122,4 +122,3 @@ class Ledger:
         false = [f"  {c.id}: {c.sentence} (measured: {c.measured})" for c in self.claims if c.status == "fails"]
         if false:
             raise ClaimFailed(f"{len(false)} of {len(self._claims)} claims do not hold:\n" + "\n".join(false))
-
