@@ -50,7 +50,7 @@ def run_lessons(
 
     ``words`` say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``given`` are parameters' texts.
     ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed from the same bytes,
-    values and library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
+    values, library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
 
     Returns 0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
     everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
