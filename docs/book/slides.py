@@ -124,6 +124,9 @@ def slides_of(notebook: dict) -> list[Slide]:
                 if "text/markdown" in data:  # show_source
                     slides[-1].code.append(MARKDOWN.render("".join(data["text/markdown"])))
                 elif MIME in data:
+                    claims = sum("class='claim'" in part for part in slides[-1].shown)
+                    if claims == (1 if slides[-1].full else 4):  # more would not fit
+                        slides.append(Slide(slides[-1].heading))
                     slides[-1].shown.append(f"<div class='claim'>{page}</div>")
                 elif "<img" in page or "<table" in page:
                     slide = room()
