@@ -12,7 +12,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +25,8 @@ from course_lib.lab.wasm import compile_wasm
 from course_lib.methods.c_source import c_source, pixel_table, raw_pixels
 from course_lib.methods.distillation import kd_loss, teacher_table
 from course_lib.methods.integer import IntegerNetwork, integer_network
-from course_lib.methods.quantization import quantize
 
-__all__ = ["Entry", "demo_networks", "demo_page", "make_demo", "scores_of"]
+__all__ = ["Entry", "demo_networks", "demo_page", "make_demo"]
 
 TEMPLATE = Path(__file__).with_name("demo_template.html")
 MARK = "/*DATA*/null"
@@ -86,14 +84,6 @@ def demo_networks(data: DataSplits, *, seed: int = 0, effort: float = 1.0) -> li
     return [Entry(name, how, integer_network(model, data.train.images)) for name, (how, model) in made.items()]
 
 
-def scores_of(network: IntegerNetwork, images: Tensor) -> np.ndarray:
-    """The network's integer scores for normalised images [N, C, H, W]: [N, K]."""
-    xq = quantize(images, network.x_q)
-    for _, step in network.steps:
-        xq = step(xq)
-    return xq.numpy()
-
-
 def demo_page(entries: list[Entry], data: DataSplits) -> bytes:
     """The page for networks of the digits. CompilerError: no compiler for wasm, see :func:`compile_wasm`."""
     labels = data.test.labels
@@ -104,7 +94,7 @@ def demo_page(entries: list[Entry], data: DataSplits) -> bytes:
     for entry in entries:
         table = pixel_table(entry.network.x_q, data.mean, data.std, LEVELS)
         module = compile_wasm(c_source(entry.network, data.input_shape, table))
-        scores = scores_of(entry.network, data.test.images)
+        scores = entry.network.scores(data.test.images).numpy()
         about = {"name": entry.name, "how": entry.how, "zero": int(entry.network.y_q.zero_point)}
         about |= {"scale": entry.network.y_q.scale.item(), "expected": scores[chosen].tolist()}
         about |= {"accuracy": 100 * float((scores.argmax(axis=1) == labels.numpy()).mean())}

@@ -211,11 +211,15 @@ class IntegerNetwork:
     x_q: QuantParams
     y_q: QuantParams
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def scores(self, images: Tensor) -> Tensor:
+        """The integers of the logits [N, K], on the grid ``y_q``."""
         xq = quantize(images, self.x_q)
         for _, step in self.steps:
             xq = step(xq)
-        return dequantize(xq, self.y_q)
+        return xq
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return dequantize(self.scores(images), self.y_q)
 
 
 def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:

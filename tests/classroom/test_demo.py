@@ -134,7 +134,7 @@ def test_ten_images_are_answered_as_in_python(visit, request, digits, which):
         assert f"Example {i + 1} of 10, a {i}." in page.inner_text("#status")
         if which == "made":
             image = digits.test.images[digits.test.labels == i][:1]
-            expected = np.concatenate([demo.scores_of(e.network, image) for e in request.getfixturevalue("made")[1]])
+            expected = np.concatenate([e.network.scores(image) for e in request.getfixturevalue("made")[1]])
             np.testing.assert_array_equal(scores(page), expected)
 
 

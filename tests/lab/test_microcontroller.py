@@ -10,7 +10,6 @@ from course_lib.lab.compile import CompilerError
 from course_lib.lab.microcontroller import BOARDS, CORES, BoardTooSmall, Cost, cross_compile
 from course_lib.methods.c_source import c_source, float_c_source, pixel_table
 from course_lib.methods.integer import integer_network
-from course_lib.methods.quantization import quantize
 
 needs_extra = pytest.mark.skipif(
     bool(microcontroller.missing_packages()), reason="pip install ziglang unicorn to test this"
@@ -50,10 +49,7 @@ def cnn():
     grey = torch.randint(0, 17, (12, 1, 4, 4), dtype=torch.uint8)
     network = integer_network(model, grey / 16)
     source = c_source(network, (1, 4, 4), pixel_table(network.x_q, [0.0], [1.0], 17))
-    x = quantize(grey / 16, network.x_q)
-    for _, step in network.steps:
-        x = step(x)
-    return source, grey.numpy(), x.numpy()
+    return source, grey.numpy(), network.scores(grey / 16).numpy()
 
 
 @needs_extra
