@@ -4,9 +4,14 @@ Four rooms: :mod:`course_lib.methods` (what the course teaches), :mod:`course_li
 :mod:`course_lib.lab` (data, models, training) and :mod:`course_lib.classroom` (running and presenting chapters).
 """
 
+import os
 from importlib import import_module
 
 __version__ = "0.1.0"
+
+# Threads that wait shall sleep: where anything else runs, OpenMP's busy waiting makes a training several times slower.
+# Read when torch is loaded, so it holds for `python -m course_lib` and for the kernels that it starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _ROOMS = ("methods", "evidence", "lab", "classroom")
 

@@ -69,7 +69,8 @@ def test_the_container_is_set_up_by_a_make_target():
     assert container["image"].count(":") == 1, "a tag, not whatever is the latest"
     assert container["postCreateCommand"].removeprefix("make ") in TARGETS
     assert set(container) <= {
-        "name", "image", "hostRequirements", "postCreateCommand", "forwardPorts", "portsAttributes", "customizations",
+        "name", "image", "hostRequirements", "containerEnv", "postCreateCommand", "forwardPorts", "portsAttributes",
+        "customizations",
     }  # fmt: skip
 
 

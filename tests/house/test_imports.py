@@ -1,6 +1,7 @@
 """Who may import whom, how large the library may be, and what an import costs."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,8 +98,17 @@ def test_importing_the_library_costs_next_to_nothing():
     assert loaded == run("import torch; " + report)
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+def run(code, **environment):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_threads_that_wait_sleep_unless_somebody_chose_otherwise():
+    told = "import os, course_lib; print(os.environ['OMP_WAIT_POLICY'])"
+    assert run(told) == "PASSIVE"
+    assert run(told, OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
 
 
 def test_rooms_are_reached_by_name():
