@@ -76,7 +76,6 @@ def tied():
 
 @pytest.mark.parametrize(("make", "rank", "error", "text"), [
     (lambda: nn.Linear(4, 3), 4, ValueError, r"rank of a weight \(3, 4\) must be an integer from 1 to 3, got 4"),
-    (lambda: nn.Linear(4, 3), 0, ValueError, "got 0"),
     (lambda: nn.Linear(4, 3), 1.5, TypeError, "must be an integer"),
     (lambda: nn.Conv2d(4, 4, 1, groups=2), 1, UnsupportedModel, "without groups"),
     (lambda: Masked(4, 4), 1, UnsupportedModel, "forward of its own"),

@@ -282,7 +282,7 @@ COUPLED = {
     "conv after linear": (lambda: chain(LIN(4, 3), nn.Conv1d(3, 2, 1)), "no feature map"),
     "pool after linear": (lambda: chain(LIN(4, 4), nn.AvgPool1d(2), LIN(2, 2)), "'1' pools over the neurons"),
     "pool over channels": (
-        lambda: ab(lambda s, x: s.b(F.max_pool2d(s.a(x), 2)), CONV1(1, 4, 1), CONV1(2, 2, 1)), "max_pool2d .*pools over",
+        lambda: ab(lambda s, x: s.b(F.max_pool2d(s.a(x), 2)), CONV1(1, 4, 1), CONV1(2, 2, 1)), "pool2d .*pools over",
     ),
     "norm of tokens": (lambda: ab(lambda s, x: s.b(s.n(s.a(x))), n=nn.BatchNorm1d(4)), r"'n'.*x.flatten\(1\)"),
     "slopes of tokens": (lambda: ab(lambda s, x: s.b(s.n(s.a(x))), n=nn.PReLU(4)), "'n' works on dimension 1"),
