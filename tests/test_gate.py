@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from small_nets import Net
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -17,19 +18,6 @@ from course_lib.gate import UnsupportedModel, chain_steps, copy_model, eval_mode
 
 def doubled(name, layer):
     return new_like(layer, type(layer), layer.weight.detach() * 2)
-
-
-class Net(nn.Module):
-    """``forward`` is the function it is given; layers and other attributes by name."""
-
-    def __init__(self, forward=None, **attributes):
-        super().__init__()
-        self.run = forward
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def mlp(*between):

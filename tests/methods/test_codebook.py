@@ -34,16 +34,6 @@ def test_one_round_by_hand():
     assert lloyd(values, 4, 1).tolist() == values.tolist()
 
 
-def test_rounds_and_entries_of_the_defaults():
-    weight = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    ours, fifty, longer = (
-        kmeans_codebook(weight, **options) for options in ({}, {"iterations": 50}, {"iterations": 51})
-    )
-    assert torch.equal(ours.centroids, fifty.centroids)
-    assert not torch.equal(ours.centroids, longer.centroids)
-    assert len(ours.centroids) == 16
-
-
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
 def test_sizes_ranges_and_error(bits):
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(bits))

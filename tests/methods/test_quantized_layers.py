@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_nets import settle
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
@@ -259,18 +260,8 @@ def test_bad_options(samples, options, error, text):
         calibrate(samples, **options)
 
 
-def with_statistics(net):
-    """Every BatchNorm looks as if it had been trained."""
-    torch.manual_seed(0)
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.running_mean, module.running_var, *module.parameters()):
-                tensor.data.uniform_(0.2, 2)
-    return net.train()
-
-
 def test_folding_keeps_the_function_and_the_model(images):
-    net = with_statistics(
+    net = settle(
         nn.Sequential(
             nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6, eps=0.3), nn.ReLU(),
             nn.Sequential(nn.Conv2d(6, 8, 3, groups=2), nn.BatchNorm2d(8, affine=False)), nn.Flatten(),
@@ -287,7 +278,7 @@ def test_folding_keeps_the_function_and_the_model(images):
 
 def test_modules_used_twice_are_folded_once_for_each_use():
     relu, linear, norm = nn.ReLU(), nn.Linear(5, 5), nn.BatchNorm1d(5)
-    net = with_statistics(nn.Sequential(linear, norm, relu, linear, relu, linear, norm))
+    net = settle(nn.Sequential(linear, norm, relu, linear, relu, linear, norm))
     x = torch.randn(9, 5)
     folded = fold_batchnorm(net)
     assert len(folded) == 5

@@ -39,10 +39,6 @@ def test_damaged_bytes_are_refused(layout):
     for wrong in (data[:-1], data + b"\0", b"", b"\x09" + data[1:], data[:3], b"\0\0", b"\0\1\0\0\0\0"):
         with pytest.raises(ValueError, match="packed weight"):
             unpack_weight(wrong)
-    outside = bytearray(pack_weight(torch.eye(2), "csr"))
-    outside[10 + 12] = 7
-    with pytest.raises(ValueError, match="do not fit shape"):
-        unpack_weight(bytes(outside))
 
 
 @pytest.mark.parametrize(("weight", "layout", "error", "text"), [

@@ -6,20 +6,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from small_nets import Net, settle
 from torch import fx, nn
 from torch.nn import functional as F
 
 from course_lib.gate import UnsupportedModel
 from course_lib.methods.surgery import CouplingError, recalibrate_batchnorm, remove_neurons
-
-
-def settle(model: nn.Module) -> nn.Module:
-    """Give BatchNorms statistics and affine terms that matter."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                tensor.data.copy_(torch.rand_like(tensor) + 0.5)
-    return model.eval()
 
 
 def masked_outputs(model, gate_name, keep, x, times=1, tile=False):
@@ -88,19 +80,6 @@ def test_features_of_a_sequence_flatten_the_other_way_round():
     model, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 2)), torch.randn(6, 4, 3)
     small = remove_neurons(model, "0", [0, 4])
     torch.testing.assert_close(small(x), masked_outputs(model, "2", [0, 4], x, tile=5))
-
-
-class Net(nn.Module):
-    """``forward`` is the function it is given; layers by name."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.run, self.gate = forward, nn.Identity()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 FLAT = {
