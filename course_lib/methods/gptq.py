@@ -15,7 +15,9 @@ from course_lib.methods.quantization import QuantParams, naming, straight_throug
 __all__ = ["gptq", "gptq_layers", "input_hessian"]
 
 
-def gptq(weight: Tensor, hessian: Tensor, q: QuantParams, *, damping: float = 0.01) -> Tensor:
+def gptq(
+    weight: Tensor, hessian: Tensor, q: QuantParams, *, damping: float = 0.01
+) -> Tensor:  # fmt: skip
     """The weights of a linear layer, float32 [O, I], on the grid ``q``: each column rounded, its error passed on.
 
     Args:
