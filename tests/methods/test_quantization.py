@@ -16,6 +16,7 @@ from course_lib.methods.quantization import (  # isort: skip
 BITS = range(2, 9)
 TINY = torch.finfo(torch.float32).tiny
 Q = QuantParams(scale=0.1, zero_point=0, qmin=-7, qmax=7)
+ROWS, GROUPS = choose_qparams(torch.ones(3, 4), axis=0), choose_qparams(torch.ones(3, 4), group=2)
 
 
 def tensors(shape=(6, 8)):
@@ -141,22 +142,14 @@ def test_integer_types_and_bits_of_a_grid():
 def test_defaults_and_nothing_at_all():
     for q in (choose_qparams(torch.tensor([-1.0, 2.0])), qparams_from_range(-1.0, 2.0)):
         assert (q.scale.item(), q.qmin, q.qmax, q.axis, q.group) == (pytest.approx(2 / 127), -127, 127, None, None)
-    for empty in (
-        quantize(torch.ones(0, 2), Q),
-        fake_quantize(torch.ones(0, 2), Q),
-        dequantize(torch.ones(0, 2).int(), Q),
-    ):
-        assert empty.shape == (0, 2)
+    nothing = torch.ones(0, 2)
+    assert dequantize(quantize(nothing, Q), Q).shape == fake_quantize(nothing, Q).shape == (0, 2)
 
 
 def test_decibels():
-    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    four, eight = (signal_to_noise(x, fake_quantize(x, choose_qparams(x, b, symmetric=False))) for b in (4, 8))
-    assert eight - four == pytest.approx(4 * 6.02, abs=0.6)
     x = torch.tensor([1.0, -1.0])
     assert signal_to_noise(x, x) == math.inf
     assert signal_to_noise(torch.zeros(2), x) == -math.inf
-    assert signal_to_noise(x, torch.zeros(2)) == pytest.approx(0.0)
     assert signal_to_noise(x, 0.9 * x) == pytest.approx(20)
 
 
@@ -171,6 +164,10 @@ def test_decibels():
     (lambda: qparams_from_range(0.0, math.inf), ValueError, "finite low <= high"),
     (lambda: dequantize(torch.tensor([1.0]), Q), TypeError, "integers"),
     (lambda: dequantize(torch.tensor([-7, 8]), Q), ValueError, r"from -7 to 8, outside the grid's \[-7, 7\]"),
+    (lambda: quantize(torch.ones(4, 3), ROWS), ValueError, r"scales of shape \(3,\) along axis 0 do not fit"),
+    (lambda: quantize(torch.ones(()), ROWS), ValueError, "along axis 0 do not fit"),
+    (lambda: quantize(torch.ones(3, 2), GROUPS), ValueError, "for groups of 2 do not fit"),
+    (lambda: quantize(torch.ones(2, 4), GROUPS), ValueError, "for groups of 2 do not fit"),
     (lambda: signal_to_noise(torch.ones(2), torch.ones(3)), ValueError, "shapes differ"),
     (lambda: signal_to_noise(torch.ones(2), torch.ones(2).long()), TypeError, "approximation must be"),
     (lambda: QuantParams(0.0, 0, -7, 7), ValueError, "positive and finite"),
@@ -193,14 +190,3 @@ def test_inputs_that_are_no_finite_floats(call):
             call(bad)
     with pytest.raises(ValueError, match=r"x has 2 NaN or infinite entries of 3, shape \(3,\)"):
         call(torch.tensor([1.0, math.nan, -math.inf]))
-
-
-def test_tensors_that_do_not_fit_a_grid():
-    q = choose_qparams(torch.ones(3, 4), axis=0)
-    for x in (torch.ones(4, 3), torch.ones(()), torch.ones(2)):
-        with pytest.raises(ValueError, match=r"scales of shape \(3,\) along axis 0 do not fit"):
-            quantize(x, q)
-    q = choose_qparams(torch.ones(3, 4), group=2)
-    for x in (torch.ones(3, 2), torch.ones(2, 4), torch.ones(()), torch.ones(3, 4, 1)):
-        with pytest.raises(ValueError, match="for groups of 2 do not fit"):
-            quantize(x, q)
