@@ -133,8 +133,6 @@ class _Reader:
             self.rank[node] = self._rank(node, module)
             carriers = [source for source in node.all_input_nodes if source in self.where]
             if module is self.layer:
-                if carriers:
-                    raise self.refuse(f"{node.target!r} reads its own outputs: it is called more than once")
                 self._claim(node, module, 0, self.keep)
                 self.where[node] = _LAST if isinstance(module, nn.Linear) else _CHANNEL
             elif carriers and not _is_batch_size(node):
