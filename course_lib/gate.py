@@ -6,21 +6,21 @@ should, or :class:`UnsupportedModel` names the module at fault and the way out.
 
 import copy
 import dis
-import functools
 import inspect
 import numbers
 import operator
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
-    "UnsupportedModel", "chain_steps", "check_model", "computed", "copy_model", "eval_mode", "new_like",
-    "own_forward", "real_tensor", "replace_layers", "share_of", "weight_layers", "whole_number",
+    "UnsupportedModel", "chain_steps", "check_model", "computed", "copy_model", "eval_mode", "input_hooks",
+    "new_like", "own_forward", "real_tensor", "replace_layers", "share_of", "weight_layers", "whole_number",
 ]  # fmt: skip
 
 
@@ -84,6 +84,25 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def input_hooks(layers: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Within it ``hook(name, x)`` sees every input of the layers; what it returns, if anything, goes in instead.
+
+    >>> with input_hooks({"a": (relu := nn.ReLU())}, lambda name, x: print(name, x.shape)): y = relu(torch.ones(2))
+    a torch.Size([2])
+    """
+
+    def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        x = hook(name, args[0] if args else kwargs["input"])
+        return None if x is None else ((x,), {})
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def check_model(model: nn.Module, doing: str = "copy") -> None:
@@ -322,7 +341,7 @@ def _kept_beside(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
             parts = [value()]
         elif isinstance(value, types.MethodType):
             parts = [value.__self__, value.__func__]
-        elif isinstance(value, functools.partial):
+        elif isinstance(value, partial):
             parts += [value.func, value.args, value.keywords]
         elif isinstance(value, (dict, list, tuple, set)):
             parts += value.values() if isinstance(value, dict) else value

@@ -100,17 +100,6 @@ def nf4_encode(weight: Tensor, group: int | None = 32) -> Encoded:
     return Encoded("nf4", codes.to(torch.uint8), scale, group, 16)
 
 
-def small_float(x: Tensor, mantissa: int, least: int, largest: float) -> Tensor:
-    """The nearest number (ties to even) with ``mantissa`` bits behind the point, clipped to ±``largest``.
-
-    ``x`` is float32; ``least`` is the smallest exponent: below 2^least the numbers are evenly spaced.
-    """
-    # |x| lies between 2^exponent and twice that.
-    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)
-    step = torch.exp2((exponent - mantissa).float())
-    return (torch.round(x / step) * step).clamp(-largest, largest)
-
-
 def fp8_encode(weight: Tensor, group: int | None = None) -> Encoded:
     """Floats of 8 bits, e4m3 (4 for the exponent, 3 behind the point, up to 448), times a 32-bit scale.
 
@@ -118,8 +107,8 @@ def fp8_encode(weight: Tensor, group: int | None = None) -> Encoded:
     [448.0, 0.3125, -16.0]
     """
     scale = safe_scale(largest_of_groups(weight, group), 448)
-    rounded = small_float(scaled(weight, scale, group), mantissa=3, least=-6, largest=448)
-    return Encoded("fp8", rounded.to(torch.float8_e4m3fn).view(torch.uint8), scale, group, 32)
+    rounded = scaled(weight, scale, group).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return Encoded("fp8", rounded.view(torch.uint8), scale, group, 32)
 
 
 def mxfp4_encode(weight: Tensor, group: int = 32) -> Encoded:
@@ -130,7 +119,9 @@ def mxfp4_encode(weight: Tensor, group: int = 32) -> Encoded:
     """
     power = torch.frexp(safe_scale(largest_of_groups(weight, group), 4)).exponent - 1
     scale = torch.exp2(power.clamp(-127, 127).float())
-    rounded = small_float(scaled(weight, scale, group), mantissa=1, least=0, largest=6)
-    magnitude = torch.bucketize(rounded.abs(), LEVELS["mxfp4"][:8].to(weight.device))
-    codes = magnitude + 8 * torch.signbit(rounded)
+    numbers, levels = scaled(weight, scale, group), LEVELS["mxfp4"][:8].to(weight.device)
+    halfway = (levels[1:] + levels[:-1]) / 2
+    below, above = (torch.bucketize(numbers.abs(), halfway, right=right) for right in (False, True))
+    magnitude = torch.where(below % 2 == 0, below, above)  # they differ halfway only: the even code is taken
+    codes = magnitude + 8 * torch.signbit(numbers)
     return Encoded("mxfp4", codes.to(torch.uint8), scale, group, 8)

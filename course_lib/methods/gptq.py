@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import copy_model, real_tensor
+from course_lib.gate import copy_model, input_hooks, real_tensor
 from course_lib.methods.quantization import QuantParams, naming, straight_through
 
 __all__ = ["gptq", "gptq_layers", "input_hessian"]
@@ -67,17 +67,14 @@ def input_hessian(model: nn.Module, layer: nn.Linear, inputs: Tensor, *, batch_s
     """
     total, count = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64), 0
 
-    def record(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def record(name: str, x: Tensor) -> None:
         nonlocal total, count
-        x = given[0].flatten(0, -2)
+        x = x.flatten(0, -2)
         total, count = total + x.T @ x, count + len(x)
 
-    handle = layer.register_forward_pre_hook(record)
-    try:
+    with input_hooks({"": layer}, record):
         for part in inputs.split(batch_size):
             model(part)
-    finally:
-        handle.remove()
     if count == 0:
         raise ValueError("the model never called this layer: is it one of its own?")
     return total / count

@@ -1,5 +1,6 @@
 """Low rank: one wide layer as two thin ones, by the singular value decomposition."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -52,19 +53,16 @@ def _matrix(layer: nn.Linear | nn.Conv2d, rank: int) -> Tensor:
 
 
 def _thin_layers(layer: nn.Linear | nn.Conv2d, first: Tensor, second: Tensor) -> nn.Sequential:
-    rank, options = len(first), {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    rank = len(first)
     if isinstance(layer, nn.Conv2d):
         where = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, 1, False, layer.padding_mode)
-        a = nn.Conv2d(layer.in_channels, rank, *where, **options)
-        b = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **options)
+        a, b = nn.Conv2d(layer.in_channels, rank, *where), nn.Conv2d(rank, layer.out_channels, 1)
     else:
-        a = nn.Linear(layer.in_features, rank, bias=False, **options)
-        b = nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **options)
-    old = (layer.weight, layer.weight, layer.bias)
-    for new, value, like in zip((a.weight, b.weight, b.bias), (first, second, layer.bias), old, strict=True):
-        if new is not None:
-            new.data.copy_(value.detach().view_as(new))
-            new.requires_grad_(like.requires_grad)
+        a, b = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
+    for new, matrix in ((a, first), (b, second)):
+        values = matrix.view_as(new.weight).to(layer.weight).contiguous()
+        new.weight = nn.Parameter(values, layer.weight.requires_grad)
+    b.bias = copy.deepcopy(layer.bias)
     return nn.Sequential(a, b).train(layer.training)
 
 

@@ -6,14 +6,14 @@ the weights that meet loud channels larger, so that rounding harms them less; Wa
 the same product, see :func:`~course_lib.methods.pruning.wanda_score`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import real_tensor, share_of
+from course_lib.gate import input_hooks, real_tensor, share_of
 from course_lib.methods.quantization import choose_qparams, fake_quantize, integer_range
 
 __all__ = ["Inputs", "awq_scales", "linear_layers", "round_scaled", "rounded_inputs", "smooth_scales", "watch_inputs"]
@@ -49,16 +49,11 @@ def watch_inputs(model: nn.Module, batch: Tensor) -> dict[str, Inputs]:
     """
     found = {}
 
-    def look(name: str):
-        def hook(layer: nn.Module, given: tuple) -> None:
-            size = given[0].detach().flatten(0, -2).abs()
-            found[name] = Inputs(size.amax(0), size.mean(0), size.norm(dim=0))
+    def look(name: str, x: Tensor) -> None:
+        size = x.flatten(0, -2).abs()
+        found[name] = Inputs(size.amax(0), size.mean(0), size.norm(dim=0))
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in linear_layers(model).items():
-            stack.callback(layer.register_forward_pre_hook(look(name)).remove)
+    with input_hooks(linear_layers(model), look):
         model(batch)
     return found
 
@@ -97,11 +92,10 @@ def round_scaled(weight: Tensor, scales: Tensor, bits: int, *, group: int | None
     return fake_quantize(scaled, choose_qparams(scaled, bits, group=group, axis=None if group else 0)) / scales
 
 
-@contextmanager
 def rounded_inputs(
     model: nn.Module, peaks: Mapping[str, Tensor] | None, bits: int = 8, *,
     scales: Mapping[str, Tensor] | None = None, keep: Mapping[str, Tensor] | None = None,
-) -> Iterator[None]:  # fmt: skip
+) -> AbstractContextManager:  # fmt: skip
     """Within it, every linear layer's input is rounded: ``x`` becomes ``round(x / s) · s``.
 
     Args:
@@ -112,24 +106,15 @@ def rounded_inputs(
     """
     low, high = integer_range(bits, symmetric=True)
 
-    def rounder(name: str):
+    def rounded(name: str, x: Tensor) -> Tensor:
         scale = 1.0 if scales is None else scales[name]
-        kept = None if keep is None else keep[name]
+        kept = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device) if keep is None else keep[name]
+        size = x.abs() if peaks is None else peaks[name]
+        step = (size / scale).masked_fill(kept, 0.0).amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / high
+        marks = torch.round(x / scale / step).clamp(low, high)
+        return torch.where(kept, x, marks * step * scale)
 
-        def hook(layer: nn.Module, given: tuple) -> Tensor:
-            x = given[0] / scale if kept is None else (given[0] / scale).masked_fill(kept, 0.0)
-            size = x.abs() if peaks is None else peaks[name] / scale
-            size = size if kept is None else size.masked_fill(kept, 0.0)
-            step = size.amax(dim=-1, keepdim=True).clamp(min=SMALLEST) / high
-            x = torch.round(x / step).clamp(low, high) * step * scale
-            return x if kept is None else torch.where(kept, given[0], x)
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in linear_layers(model).items():
-            stack.callback(layer.register_forward_pre_hook(rounder(name)).remove)
-        yield
+    return input_hooks(linear_layers(model), rounded)
 
 
 def _strength(alpha: float) -> float:

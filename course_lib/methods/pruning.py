@@ -120,21 +120,15 @@ def nm_mask(score: Tensor, n: int, m: int) -> Tensor:
     >>> nm_mask(torch.tensor([[0.9, 0.1, 0.4, 0.3]]), 2, 4)
     tensor([[ True, False,  True, False]])
     """
-    score, dim = _check_groups(score, n, m)
+    whole_number(n, f"n of {n}:{m}", 1, whole_number(m, "m"))
+    score, shape = real_tensor(score, "score", finite=False), tuple(score.shape)
+    dim = min(1, len(shape) - 1)
+    if not shape or shape[dim] % m:
+        raise ValueError(f"{n}:{m} needs an input dimension that is a multiple of {m}, got score of shape {shape}")
     groups = score.movedim(dim, -1).unflatten(-1, (-1, m))
     lowest = groups.argsort(dim=-1, stable=True)[..., : m - n]
     mask = torch.ones_like(groups, dtype=torch.bool).scatter(-1, lowest, False)
     return mask.flatten(-2).movedim(-1, dim).contiguous()
-
-
-def _check_groups(score: Tensor, n: int, m: int) -> tuple[Tensor, int]:
-    whole_number(n, f"n of {n}:{m}", 1, whole_number(m, "m"))
-    score = real_tensor(score, "score", finite=False)
-    dim = min(1, score.dim() - 1)
-    if dim < 0 or score.shape[dim] % m:
-        shape = tuple(score.shape)
-        raise ValueError(f"{n}:{m} needs an input dimension that is a multiple of {m}, got score of shape {shape}")
-    return score, dim
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -177,8 +171,10 @@ def prune_(model: nn.Module, sparsity: float, *, scope: str = "global", score: S
 
 def make_masks(weights: Mapping, sparsity: float, *, scope: str = "global", score: Score | None = None) -> Masks:
     """Masks that leave ``1 - sparsity`` of the weights, without touching them: see :func:`prune_`."""
-    if scope not in SCOPES or not weights:
-        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}" if weights else "there is no weight to prune")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    if not weights:
+        raise ValueError("there is no weight to prune")
     scores = {name: _score_of(name, weight, score) for name, weight in weights.items()}
     if scope == "global":
         flat = [s.flatten().cpu() for s in scores.values()]
@@ -287,6 +283,6 @@ class GradualPruning:
     def rank(self, weights: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         if all(weights[name].shape == shape for name, shape in self.shapes.items()):
             return make_masks(weights, sparsity, **self.options)
-        replicas = zip(*weights.values(), strict=True)  # [R, ...] each
-        each = [dict(zip(weights, replica, strict=True)) for replica in replicas]
-        return stack_masks([make_masks(one, sparsity, **self.options) for one in each])
+        count = len(next(iter(weights.values())))
+        replicas = [{name: weight[r] for name, weight in weights.items()} for r in range(count)]
+        return stack_masks([make_masks(one, sparsity, **self.options) for one in replicas])

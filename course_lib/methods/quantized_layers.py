@@ -8,15 +8,15 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from course_lib.gate import (  # isort: skip
-    UnsupportedModel, chain_steps, check_model, copy_model, eval_mode, new_like, replace_layers, weight_layers,
-    whole_number,
+    UnsupportedModel, chain_steps, check_model, copy_model, eval_mode, input_hooks, new_like, replace_layers,
+    weight_layers, whole_number,
 )  # fmt: skip
 from course_lib.methods.quantization import (  # isort: skip
     QuantParams, check_real, choose_qparams, integer_range, naming, qparams_from_range, scale_and_zero, slices,
@@ -174,18 +174,12 @@ def recorded_inputs(model: nn.Module, images: Tensor, batch_size: int = 512) -> 
         check_real(images, "images")  # whole numbers are welcome: the tokens of a language model
     recorded: dict[str, list[Tensor]] = {}
 
-    def listen(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        recorded.setdefault(name, []).append((args[0] if args else kwargs["input"]).detach().clone())
+    def listen(name: str, x: Tensor) -> None:
+        recorded.setdefault(name, []).append(x.clone())
 
-    layers = weight_layers(model).items()
-    hooks = [layer.register_forward_pre_hook(partial(listen, name), with_kwargs=True) for name, layer in layers]
-    try:
-        with eval_mode(model), torch.no_grad():
-            for batch in images.split(batch_size):
-                model(batch.clone())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with eval_mode(model), torch.no_grad(), input_hooks(weight_layers(model), listen):
+        for batch in images.split(batch_size):
+            model(batch.clone())
     return recorded
 
 
@@ -255,21 +249,9 @@ def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:
         if outputs != module.num_features or module.running_var is None:
             need = f"a linear or convolution layer with {module.num_features} outputs"
             raise UnsupportedModel(f"{name!r} ({module}) does not follow {need}, or keeps no statistics")
-        # A copy of its own: elsewhere in the chain the same layer may come without this BatchNorm.
-        folded[-1] = (before, fold_into_(copy.deepcopy(layer), module))
+        # Copies in float64: nothing is lost on the way, and elsewhere in the chain the same layer may come alone.
+        fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+        exact = fuse(copy.deepcopy(layer).double().eval(), copy.deepcopy(module).double().eval())
+        exact.bias.requires_grad_()
+        folded[-1] = (before, exact.to(layer.weight.dtype))
     return nn.Sequential(OrderedDict((name.replace(".", "_"), module) for name, module in folded)).eval()
-
-
-def fold_into_(layer: nn.Linear | nn.Conv2d, norm: nn.Module) -> nn.Module:
-    """Multiply a BatchNorm into ``layer``, in float64 so that nothing is lost on the way."""
-    with torch.no_grad():
-        gain = (norm.running_var.double() + norm.eps).rsqrt()
-        shift = -norm.running_mean.double() * gain
-        if norm.affine:
-            gain = gain * norm.weight.double()
-            shift = shift * norm.weight.double() + norm.bias.double()
-        bias = 0 if layer.bias is None else layer.bias.double() * gain
-        rows = layer.weight.double().flatten(1) * gain.unsqueeze(1)
-        layer.weight.copy_(rows.view_as(layer.weight))
-        layer.bias = nn.Parameter((bias + shift).to(layer.weight.dtype))
-    return layer

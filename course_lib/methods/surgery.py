@@ -133,8 +133,6 @@ class _Reader:
             self.rank[node] = self._rank(node, module)
             carriers = [source for source in node.all_input_nodes if source in self.where]
             if module is self.layer:
-                if carriers:
-                    raise self.refuse(f"{node.target!r} reads its own outputs: it is called more than once")
                 self._claim(node, module, 0, self.keep)
                 self.where[node] = _LAST if isinstance(module, nn.Linear) else _CHANNEL
             elif carriers and not _is_batch_size(node):
@@ -302,20 +300,21 @@ def _find_layer(model: nn.Module, layer_name: str) -> nn.Module:
 def _indices(keep: Tensor | Sequence[int] | Sequence[bool], size: int, layer_name: str) -> Tensor:
     """``keep`` as sorted distinct indices."""
     given = torch.as_tensor(keep if hasattr(keep, "__array__") else list(keep)).detach().cpu()
-    mask, count = given.dtype is torch.bool, given.numel()
-    if given.dim() != 1 or (mask and count not in (0, size)):
+    mask = given.dtype is torch.bool
+    if given.dim() != 1 or (mask and len(given) != size):
         fits = f"one dimension, and as a mask one entry for each of the {size} neurons"
         raise ValueError(f"keep must have {fits}, got shape {tuple(given.shape)}")
-    if count == 0 or (mask and not given.any()):
+    kept = given.nonzero().flatten() if mask else given
+    if len(kept) == 0:
         raise ValueError(f"keep leaves nothing: all {size} neurons of {layer_name!r} would be removed")
-    if given.is_floating_point() or given.is_complex():
-        raise TypeError(f"keep must be a bool mask or integer indices, got dtype {given.dtype}")
-    unique = (given.nonzero().flatten() if mask else given.long()).unique()
-    if unique[0] < 0 or unique[-1] >= size:
-        outside = unique[(unique < 0) | (unique >= size)].tolist()[:5]
-        raise ValueError(f"keep has indices outside [0, {size}): {outside}")
-    if not mask and len(unique) != count:
-        raise ValueError(f"keep repeats indices: {count} given, {len(unique)} distinct (a mask must be of dtype bool)")
+    if kept.is_floating_point() or kept.is_complex():
+        raise TypeError(f"keep must be a bool mask or integer indices, got dtype {kept.dtype}")
+    if outside := [i for i in kept.tolist() if not 0 <= i < size]:
+        raise ValueError(f"keep has indices outside [0, {size}): {outside[:5]}")
+    unique = kept.long().unique()
+    if len(unique) != len(kept):
+        repeated = f"{len(kept)} given, {len(unique)} distinct"
+        raise ValueError(f"keep repeats indices: {repeated} (a mask must be of dtype bool)")
     return unique
 
 

@@ -113,11 +113,7 @@ def test_dead_and_extreme_groups_and_half_precision(name, factor):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_cannot_be_encoded(name):
-    for bad, error, text in (
-        (torch.ones(2, 32) * math.nan, ValueError, "NaN"), (torch.ones(0, 32), ValueError, "is empty"),
-        (torch.ones(2, 32).long(), TypeError, "floating-point"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=text):
-            FORMATS[name](bad)
+    with pytest.raises(ValueError, match="has 64 NaN"):
+        FORMATS[name](torch.ones(2, 32) * math.nan)
     with pytest.raises(ValueError, match="group=32 does not divide the last dimension"):
         FORMATS[name](torch.ones(2, 40), 32)

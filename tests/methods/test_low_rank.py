@@ -76,11 +76,9 @@ def tied():
 
 @pytest.mark.parametrize(("make", "rank", "error", "text"), [
     (lambda: nn.Linear(4, 3), 4, ValueError, r"rank of a weight \(3, 4\) must be an integer from 1 to 3, got 4"),
-    (lambda: nn.Linear(4, 3), 0, ValueError, "got 0"),
     (lambda: nn.Linear(4, 3), 1.5, TypeError, "must be an integer"),
     (lambda: nn.Conv2d(4, 4, 1, groups=2), 1, UnsupportedModel, "without groups"),
     (lambda: Masked(4, 4), 1, UnsupportedModel, "forward of its own"),
-    (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(2, 2)), 1, UnsupportedModel, "'0.weight' would stay"),
     (tied, 1, UnsupportedModel, "its weight is shared"),
     (lambda: nn.Sequential(nn.Linear(4, 3)), {"1": 1}, ValueError, r"no linear or convolution layer .*\['1'\]"),
     (lambda: torch_prune.identity(nn.Linear(4, 3), "weight"), 1, UnsupportedModel, "no plain parameter"),

@@ -4,14 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from course_lib.methods.outliers import (
-    awq_scales,
-    linear_layers,
-    round_scaled,
-    rounded_inputs,
-    smooth_scales,
-    watch_inputs,
-)
+from course_lib.methods.outliers import (  # isort: skip
+    awq_scales, linear_layers, round_scaled, rounded_inputs, smooth_scales, watch_inputs,
+)  # fmt: skip
 from course_lib.methods.quantization import choose_qparams, fake_quantize
 
 
@@ -53,19 +48,6 @@ def test_factors_are_divided_out_again_and_matter_only_through_rounding():
     torch.testing.assert_close(round_scaled(weight, torch.full((12,), 4.0), 4), round_scaled(weight, torch.ones(12), 4))
 
 
-def test_a_loud_input_is_saved_by_factors_that_know_it():
-    torch.manual_seed(1)
-    x = torch.randn(200, 32)
-    x[:, :2] *= 50
-    weight = torch.randn(16, 32)
-
-    def lost(scales):
-        return float((x @ (round_scaled(weight, scales, 3) - weight).T).square().mean())
-
-    scales = awq_scales(x.abs().mean(0), 0.5)
-    assert lost(scales) < 0.4 * lost(torch.ones(32)) < 0.4 * lost(scales.roll(7))
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_inputs_are_rounded_within_and_as_before_after_it(model, scaled):
     batch = torch.randn(7, 6)
@@ -100,7 +82,5 @@ def test_a_step_a_token_a_channel_in_float_and_clipping():
 def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match=r"takes numbers \[in\]; got \(2, 3\) and \(2,\)"):
         round_scaled(torch.ones(2, 3), torch.ones(2), 4)
-    with pytest.raises(ValueError, match=r"takes numbers \[in\]"):
-        smooth_scales(torch.ones(2), torch.ones(2, 3))
     with pytest.raises(ValueError, match="alpha"):
         awq_scales(torch.ones(3), 1.5)

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from course_lib.methods.quantization import (  # isort: skip
-    QuantParams, choose_qparams, dequantize, fake_quantize, integer_range, qparams_from_range, quantize,
-    safe_scale, signal_to_noise, straight_through,
+    QuantParams, choose_qparams, dequantize, fake_quantize, qparams_from_range, quantize,
+    safe_scale, signal_to_noise,
 )  # fmt: skip
 
 BITS = range(2, 9)
 TINY = torch.finfo(torch.float32).tiny
 Q = QuantParams(scale=0.1, zero_point=0, qmin=-7, qmax=7)
+ROWS, GROUPS = choose_qparams(torch.ones(3, 4), axis=0), choose_qparams(torch.ones(3, 4), group=2)
 
 
 def tensors(shape=(6, 8)):
@@ -130,49 +131,31 @@ def test_other_precisions_keep_their_type_and_lose_nothing(dtype):
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_straight_through_runs_under_vmap_as_one_by_one():
-    x, scale = torch.randn(3, 7), torch.tensor([0.1, 0.2, 0.3])
-    zero = torch.zeros(3, dtype=torch.int32)
-    batched = torch.vmap(lambda a, s, z: straight_through(a, s, z, -7, 7))(x, scale, zero)
-    assert torch.equal(batched, torch.stack([straight_through(x[i], scale[i], zero[i], -7, 7) for i in range(3)]))
-
-
 def test_integer_types_and_bits_of_a_grid():
     types = {(-127, 127): torch.int8, (-128, 0): torch.int8, (-129, 0): torch.int16, (0, 255): torch.uint8}
-    types |= {(0, 256): torch.int16, (-300, 5): torch.int16, (0, 70000): torch.int32}
-    for (low, high), dtype in types.items():
+    for (low, high), dtype in {**types, (0, 256): torch.int16, (0, 70000): torch.int32}.items():
         assert QuantParams(scale=1.0, zero_point=0, qmin=low, qmax=high).dtype == dtype
     for symmetric in (True, False):
         assert [choose_qparams(torch.ones(2), bits, symmetric=symmetric).bits for bits in BITS] == list(BITS)
-    assert integer_range(3, symmetric=True) == (-3, 3)
 
 
-def test_defaults():
-    x = torch.tensor([-1.0, 2.0])
-    for q in (choose_qparams(x), qparams_from_range(-1.0, 2.0)):
+def test_defaults_and_nothing_at_all():
+    for q in (choose_qparams(torch.tensor([-1.0, 2.0])), qparams_from_range(-1.0, 2.0)):
         assert (q.scale.item(), q.qmin, q.qmax, q.axis, q.group) == (pytest.approx(2 / 127), -127, 127, None, None)
-    for empty in (quantize(torch.ones(0), q), fake_quantize(torch.ones(0), q)):
-        assert empty.shape == (0,)
-    with pytest.raises(ValueError, match="is empty"):
-        signal_to_noise(torch.ones(0), torch.ones(0))
+    nothing = torch.ones(0, 2)
+    assert dequantize(quantize(nothing, Q), Q).shape == fake_quantize(nothing, Q).shape == (0, 2)
 
 
 def test_decibels():
-    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    four, eight = (signal_to_noise(x, fake_quantize(x, choose_qparams(x, b, symmetric=False))) for b in (4, 8))
-    assert eight - four == pytest.approx(4 * 6.02, abs=0.6)
     x = torch.tensor([1.0, -1.0])
     assert signal_to_noise(x, x) == math.inf
     assert signal_to_noise(torch.zeros(2), x) == -math.inf
-    assert signal_to_noise(x, torch.zeros(2)) == pytest.approx(0.0)
     assert signal_to_noise(x, 0.9 * x) == pytest.approx(20)
 
 
 @pytest.mark.parametrize(("call", "error", "text"), [
     (lambda: choose_qparams(torch.ones(3), 1), ValueError, "bits must be an integer from 2 to 8, got 1"),
-    (lambda: choose_qparams(torch.ones(3), 9), ValueError, "from 2 to 8"),
     (lambda: choose_qparams(torch.ones(2, 3), axis=2), ValueError, "axis must be an integer from -2 to 1, got 2"),
-    (lambda: choose_qparams(torch.ones(2, 3), axis=-3), ValueError, "axis must be an integer from -2 to 1"),
     (lambda: choose_qparams(torch.ones(2, 4), group=0), ValueError, "group must be an integer of at least 1"),
     (lambda: choose_qparams(torch.ones(2, 4), axis=0, group=2), ValueError, "None with a group"),
     (lambda: choose_qparams(torch.ones(3, 0)), ValueError, r"is empty, shape \(3, 0\)"),
@@ -181,13 +164,15 @@ def test_decibels():
     (lambda: qparams_from_range(0.0, math.inf), ValueError, "finite low <= high"),
     (lambda: dequantize(torch.tensor([1.0]), Q), TypeError, "integers"),
     (lambda: dequantize(torch.tensor([-7, 8]), Q), ValueError, r"from -7 to 8, outside the grid's \[-7, 7\]"),
-    (lambda: dequantize(torch.tensor([-8, 7]), Q), ValueError, "outside the grid"),
+    (lambda: quantize(torch.ones(4, 3), ROWS), ValueError, r"scales of shape \(3,\) along axis 0 do not fit"),
+    (lambda: quantize(torch.ones(()), ROWS), ValueError, "along axis 0 do not fit"),
+    (lambda: quantize(torch.ones(3, 2), GROUPS), ValueError, "for groups of 2 do not fit"),
+    (lambda: quantize(torch.ones(2, 4), GROUPS), ValueError, "for groups of 2 do not fit"),
     (lambda: signal_to_noise(torch.ones(2), torch.ones(3)), ValueError, "shapes differ"),
     (lambda: signal_to_noise(torch.ones(2), torch.ones(2).long()), TypeError, "approximation must be"),
     (lambda: QuantParams(0.0, 0, -7, 7), ValueError, "positive and finite"),
     (lambda: QuantParams(0.1, 0, 7, 7), ValueError, "qmin must be below"),
     (lambda: QuantParams(0.1, 8, -7, 7), ValueError, "zero_point must be within"),
-    (lambda: QuantParams(0.1, -8, -7, 7), ValueError, "zero_point must be within"),
     (lambda: QuantParams(torch.ones(3), 0, -7, 7), ValueError, "do not fit axis=None"),
     (lambda: QuantParams(0.1, 0, -7, 7, group=4), ValueError, "do not fit axis=None, group=4"),
     (lambda: QuantParams(torch.ones(3), torch.zeros(2), -7, 7, axis=0), ValueError, "do not fit axis=0"),
@@ -200,23 +185,8 @@ def test_what_does_not_fit(call, error, text):
 
 @pytest.mark.parametrize("call", [choose_qparams, lambda x: quantize(x, Q), lambda x: fake_quantize(x, Q)])
 def test_inputs_that_are_no_finite_floats(call):
-    for bad in (torch.tensor([1, 2]), torch.tensor([True]), torch.tensor([1j]), [1.0, 2.0], 3.0, None):
+    for bad in (torch.tensor([1, 2]), torch.tensor([1j]), [1.0, 2.0]):
         with pytest.raises(TypeError, match="floating-point"):
             call(bad)
-    for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match=r"x has 1 NaN or infinite entries of 2, shape \(2,\)"):
-            call(torch.tensor([1.0, bad]))
-    with pytest.raises(ValueError, match="2 NaN or infinite"):
-        call(torch.tensor([math.nan, math.inf]))
-
-
-def test_tensors_that_do_not_fit_a_grid():
-    assert dequantize(quantize(torch.ones(0, 2), Q), Q).shape == (0, 2)
-    q = choose_qparams(torch.ones(3, 4), axis=0)
-    for x in (torch.ones(4, 3), torch.ones(()), torch.ones(2)):
-        with pytest.raises(ValueError, match=r"scales of shape \(3,\) along axis 0 do not fit"):
-            quantize(x, q)
-    q = choose_qparams(torch.ones(3, 4), group=2)
-    for x in (torch.ones(3, 2), torch.ones(2, 4), torch.ones(()), torch.ones(3, 4, 1)):
-        with pytest.raises(ValueError, match="for groups of 2 do not fit"):
-            quantize(x, q)
+    with pytest.raises(ValueError, match=r"x has 2 NaN or infinite entries of 3, shape \(3,\)"):
+        call(torch.tensor([1.0, math.nan, -math.inf]))

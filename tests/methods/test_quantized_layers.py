@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_nets import settle
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
@@ -27,16 +28,6 @@ def small_net(seed=0):
     )  # fmt: skip
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(16, 16, bias=False), nn.Linear(16, 16), nn.Linear(16, 3)
-        self.b.weight = self.a.weight
-
-    def forward(self, x):
-        return self.c(self.b(self.a(x).relu()).relu())
-
-
 @pytest.fixture
 def images():
     return torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -50,7 +41,7 @@ def torch_grid(weight, bits, axis):
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 8, {"0": 8, "4": 2, "6": 3}])
+@pytest.mark.parametrize("bits", [2, {"0": 8, "4": 2, "6": 3}])
 def test_outputs_equal_a_network_put_together_from_torch_functions(images, bits, per_channel):
     model = small_net()
     options = {"activation_bits": 8, "calibration": images, "per_channel": per_channel, "method": "percentile"}
@@ -83,14 +74,9 @@ def test_groups_lie_along_what_is_summed_up(images):
 def test_defaults(images):
     layer = fake_quantized(small_net(), activation_bits=8, calibration=images)[0]
     assert (layer.weight_bits, layer.activation_bits, layer.axis, layer.group) == (8, 8, 0, None)
-    assert fake_quantized(small_net())[0].activation_bits is None
-    q = calibrate(images)
-    assert (q.qmin, q.qmax) == (0, 255)
-    rare = torch.arange(-1000.0, 1001)
-    assert calibrate(rare, method="percentile").scale == calibrate(rare, method="percentile", percentile=99.9).scale
-    assert calibrate(rare, method="percentile").scale.item() == pytest.approx(
-        1996 / 255
-    )  # 2 of 2001 dropped at each end
+    assert (calibrate(images).qmin, calibrate(images).qmax) == (0, 255)
+    rare = torch.arange(-1000.0, 1001)  # 2 of 2001 are dropped at each end
+    assert calibrate(rare, method="percentile").scale.item() == pytest.approx(1996 / 255)
 
 
 def test_plain_holds_the_quantized_weights(images):
@@ -98,7 +84,6 @@ def test_plain_holds_the_quantized_weights(images):
     ordinary = plain(quantized)
     assert [type(m) for m in ordinary] == [type(m) for m in small_net()]
     assert set(ordinary.state_dict()) == set(small_net().state_dict())
-    assert torch.equal(ordinary[4].weight, quantized[4].made_weight())
     torch.testing.assert_close(ordinary(images), quantized(images))
     again = plain(ordinary)
     assert torch.equal(again(images), ordinary(images))
@@ -119,56 +104,57 @@ def test_replicas_in_one_vmapped_pass_equal_one_by_one(images, options):
         torch.testing.assert_close(params["4.weight"].grad[r], model[4].weight.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("row", [[0.0] * 4, [1e-38, 0.0, -1e-39, 0.0], [1e-45, 0.0, 0.0, -1e-45], [1e-4, 0, -1e-4, 0]])
-def test_dead_channels_and_half_precision(dtype, row):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("row", [[0.0] * 4, [1e-38, 0.0, -1e-39, 0.0], [1e-4, 0, -1e-4, 0]])
+@pytest.mark.parametrize("slicing", [{"axis": 0}, {"group": 2}])
+def test_dead_channels_and_half_precision(dtype, row, slicing):
     net = nn.Linear(4, 3)
     net.weight.data[1] = torch.tensor(row)
     net = net.to(dtype)
-    for options in ({}, {"group": 2}):
-        weight = plain(fake_quantized(net, **options)).weight
-        q = choose_qparams(net.weight, 8, group=2) if options else choose_qparams(net.weight, 8, axis=0)
-        assert weight.dtype == dtype
-        assert torch.equal(weight, fake_quantize(net.weight, q))
-        assert (weight[1] - net.weight[1]).abs().max() <= 1.2e-38 + 0.01 * net.weight[1].abs().max()
+    weight = plain(fake_quantized(net, group=slicing.get("group"))).weight
+    assert weight.dtype == dtype
+    assert torch.equal(weight, fake_quantize(net.weight, choose_qparams(net.weight, 8, **slicing)))
+    assert (weight[1] - net.weight[1]).abs().max() <= 1.2e-38 + 0.01 * net.weight[1].abs().max()
 
 
 def test_tied_layers_stay_tied():
-    torch.manual_seed(0)
-    net, x = Tied(), torch.randn(6, 16)
+    net, x = nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 9, bias=False), nn.Linear(9, 3)), torch.randn(6, 9)
+    net[2].weight = net[0].weight
     quantized = fake_quantized(net, weight_bits=4, activation_bits=8, calibration=x)
-    assert quantized.a.weight is quantized.b.weight
-    assert quantized.a.input_scale != quantized.b.input_scale
+    assert quantized[0].weight is quantized[2].weight
+    assert quantized[0].input_scale != quantized[2].input_scale
     ordinary = plain(quantized)
-    assert ordinary.a.weight is ordinary.b.weight
+    assert ordinary[0].weight is ordinary[2].weight
     assert sum(p.numel() for p in ordinary.parameters()) == sum(p.numel() for p in net.parameters())
-    with pytest.raises(UnsupportedModel, match="'b' shares its weight with another layer: both need the same"):
-        fake_quantized(net, weight_bits={"a": 4, "b": 3})
-    assert type(fake_quantized(net, weight_bits={"c": 3}).a) is nn.Linear
+    with pytest.raises(UnsupportedModel, match="'2' shares its weight with another layer: both need the same"):
+        fake_quantized(net, weight_bits={"0": 4, "2": 3})
+    assert type(fake_quantized(net, weight_bits={"3": 3})[0]) is nn.Linear
 
 
-def test_what_cannot_be_quantized(images):
+SPOILT = {"activation_bits": 8, "calibration": torch.ones(2, 1, 8, 8) * math.nan}
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"weight_bits": 1}, "weight_bits must be an integer from 2"), ({"weight_bits": {"4": 9}}, r"weight_bits\['4'\]"),
+    ({"weight_bits": {"5": 4}}, r"weight_bits names no linear or convolution layer: \['5'\]"),
+    ({"activation_bits": 8}, "calibration is None"), ({"activation_bits": 9}, "from 2 to 8"),
+    ({"activation_bits": 8, "calibration": torch.ones(0, 1, 8, 8)}, "images is empty"), (SPOILT, "NaN"),
+    ({"skip": ("nope",)}, "nope"),
+])  # fmt: skip
+def test_what_cannot_be_quantized(options, text):
+    with pytest.raises(ValueError, match=text):
+        fake_quantized(small_net(), **options)
+
+
+def test_models_that_cannot_be_quantized():
     model = small_net()
-    state = copy.deepcopy(model.state_dict())
-    for options, text in (
-        ({"weight_bits": 1}, "weight_bits must be an integer from 2 to 8"),
-        ({"weight_bits": {"4": 9}}, r"weight_bits\['4'\] must be"),
-        ({"weight_bits": {"5": 4}}, r"weight_bits names no linear or convolution layer: \['5'\]"),
-        ({"activation_bits": 9, "calibration": images}, "from 2 to 8"),
-        ({"activation_bits": 8}, "calibration is None"),
-        ({"activation_bits": 8, "calibration": images[:0]}, "images is empty"),
-        ({"activation_bits": 8, "calibration": images * math.nan}, "NaN"), ({"skip": ("nope",)}, "nope"),
+    model[6].weight.data[0, 0] = math.nan
+    for unfit, text in (
+        (model, "layer '6': x has 1 NaN"), (fake_quantized(small_net()), "'0' is FakeQuantConv2d already"),
+        (nn.ReLU(), "no linear or convolution layer"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
-            fake_quantized(model, **options)
-    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
-    model[6].weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="layer '6': x has 1 NaN"):
-        fake_quantized(model)
-    with pytest.raises(UnsupportedModel, match="'0' is FakeQuantConv2d already"):
-        fake_quantized(fake_quantized(small_net()))
-    with pytest.raises(ValueError, match="no linear or convolution layer"):
-        fake_quantized(nn.ReLU())
+            fake_quantized(unfit)
 
 
 def test_a_layer_that_calibration_does_not_reach():
@@ -192,21 +178,16 @@ def test_recorded_inputs_are_what_the_layers_saw():
     model[3].eval()
     x = torch.randn(7, 4)
     before = x.clone()
-    seen = recorded_inputs(model, x, batch_size=3)
-    assert list(seen) == ["1", "4"]
+    seen = recorded_inputs(model, x, batch_size=7)
     assert torch.equal(x, before)
-    assert [len(part) for part in seen["1"]] == [3, 3, 1]
-    assert torch.equal(torch.cat(seen["1"]), x.relu())
     hidden = model[1](x.relu()).relu().detach()
-    torch.testing.assert_close(
-        torch.cat(seen["4"]).sort(dim=0).values, torch.cat([hidden, model[4](hidden)]).sort(dim=0).values
-    )
+    for name, parts in {"1": [x.relu()], "4": [hidden, model[4](hidden)]}.items():
+        torch.testing.assert_close(seen[name], parts)
+    assert [len(part) for part in recorded_inputs(model, x, batch_size=3)["1"]] == [3, 3, 1]
     assert (model.training, model[3].training) == (True, False)
     assert not model[1]._forward_pre_hooks
     (tokens,) = recorded_inputs(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.tensor([[1, 4], [0, 0]]))["1"]
     assert tokens.shape == (2, 2, 4)
-    with pytest.raises(ValueError, match="images is empty"):
-        recorded_inputs(nn.Linear(2, 2), torch.ones(0, 2))
 
 
 @pytest.fixture
@@ -226,9 +207,9 @@ def test_minmax_equals_choose_qparams_and_several_tensors_are_one_sample(skewed,
 
 def test_percentile_is_a_quantile_at_both_ends():
     x = torch.randn(10_001, generator=torch.Generator().manual_seed(3))
-    q = calibrate(x, 8, method="percentile", percentile=99)
     low, high = np.quantile(x.numpy(), [0.005, 0.995])
-    assert q.scale.item() == pytest.approx((high - low) / 255, rel=0.01)
+    scale = calibrate(x, 8, method="percentile", percentile=99).scale
+    assert scale.item() == pytest.approx((high - low) / 255, rel=0.01)
     assert calibrate(x, method="percentile", percentile=100).scale == calibrate(x).scale
     # Of ten values at 80 %, one is dropped at each end; of three at 1 %, the middle one is left.
     assert calibrate(torch.arange(1.0, 11), method="percentile", percentile=80).scale.item() == pytest.approx(9 / 255)
@@ -236,7 +217,7 @@ def test_percentile_is_a_quantile_at_both_ends():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_the_search_finds_the_least_error_of_all_candidates(skewed, bits, symmetric):
     def error(q):
         return (fake_quantize(skewed, q) - skewed).square().mean().item()
@@ -253,13 +234,7 @@ def test_the_search_on_a_large_tensor_looks_at_a_sample():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bad_samples_constants_and_half_precision(method):
-    for empty in ([], torch.ones(0), [torch.ones(0), torch.ones(3, 0)]):
-        with pytest.raises(ValueError, match="calibration is empty"):
-            calibrate(empty, method=method)
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            calibrate(torch.tensor([1.0, bad]), method=method)
+def test_constants_and_half_precision(method):
     for value in (0.0, 5.0, -5.0, 1e-38):
         x = torch.full((9,), value)
         torch.testing.assert_close(fake_quantize(x, calibrate(x, method=method)), x, rtol=1e-6, atol=1.2e-38)
@@ -271,33 +246,20 @@ def test_bad_samples_constants_and_half_precision(method):
     (torch.ones(4), {"method": "entropy"}, ValueError, "method must be one of minmax, .*, got 'entropy'"),
     (torch.ones(4), {"bits": 9}, ValueError, "from 2 to 8"),
     (torch.ones(4), {"percentile": 0}, ValueError, "percentile above 0 and at most 100, got"),
-    (torch.ones(4), {"percentile": 101}, ValueError, "percentile above 0 and at most 100, got"),
+    (torch.tensor([1.0, math.inf]), {}, ValueError, "samples has 1 NaN or infinite"),
     (torch.ones(4), {"percentile": math.nan}, ValueError, "percentile above 0 and at most 100, got"),
     (torch.ones(4), {"candidates": 1}, ValueError, "at least 2"),
-    (torch.ones(4), {"candidates": 2.5}, TypeError, "at least 2"),
     (torch.tensor([1, 2]), {}, TypeError, "floating-point"), (None, {}, TypeError, "not iterable"),
-    ([1.0], {}, TypeError, "got float"),
+    ([1.0], {}, TypeError, "got float"), ([], {}, ValueError, "calibration is empty"),
+    ([torch.ones(0), torch.ones(3, 0)], {}, ValueError, "calibration is empty"),
 ])  # fmt: skip
 def test_bad_options(samples, options, error, text):
     with pytest.raises(error, match=text):
         calibrate(samples, **options)
 
 
-def with_statistics(net, seed=0):
-    """Every BatchNorm looks as if it had been trained."""
-    torch.manual_seed(seed)
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.2, 2)
-            if module.affine:
-                module.weight.data.uniform_(-1.5, 1.5)
-                module.bias.data.normal_()
-    return net.train()
-
-
 def test_folding_keeps_the_function_and_the_model(images):
-    net = with_statistics(
+    net = settle(
         nn.Sequential(
             nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6, eps=0.3), nn.ReLU(),
             nn.Sequential(nn.Conv2d(6, 8, 3, groups=2), nn.BatchNorm2d(8, affine=False)), nn.Flatten(),
@@ -314,7 +276,7 @@ def test_folding_keeps_the_function_and_the_model(images):
 
 def test_modules_used_twice_are_folded_once_for_each_use():
     relu, linear, norm = nn.ReLU(), nn.Linear(5, 5), nn.BatchNorm1d(5)
-    net = with_statistics(nn.Sequential(linear, norm, relu, linear, relu, linear, norm))
+    net = settle(nn.Sequential(linear, norm, relu, linear, relu, linear, norm))
     x = torch.randn(9, 5)
     folded = fold_batchnorm(net)
     assert len(folded) == 5
@@ -324,7 +286,6 @@ def test_modules_used_twice_are_folded_once_for_each_use():
 
 @pytest.mark.parametrize(("model", "text"), [
     (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), "'1' .* does not follow a linear or convolution layer"),
-    (nn.Sequential(nn.BatchNorm1d(3)), "does not follow a linear"),
     (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(7)), "with 7 outputs"),
     (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)), "keeps no statistics"),
     (nn.Linear(3, 3), "nn.Sequential"),
