@@ -14,7 +14,7 @@ import heapq
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ __all__ += ["huffman_decode", "huffman_encode", "load_compressed", "read_content
 LONGEST = 15
 MAGIC, VERSION, DIGEST_BYTES = b"\x93CNW", 2, 8
 RAW, FIXED, HUFFMAN, SPARSE, INTEGERS, TIED = range(6)
+NAMES = ("raw", "codebook", "codebook", "sparse", "integers", "tied")
 LARGEST_PALETTE = 4096
 # The position is the code in the file: only ever append.
 DTYPES = (
@@ -51,16 +52,13 @@ class CompressedFileError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file, not decoded yet, and the ``stored_bytes`` of its data."""
+    """One tensor in a file: what it is, its ``encoding`` in a word, and the ``stored_bytes`` of its data."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data: bytes = field(repr=False)
-
-    @property
-    def stored_bytes(self) -> int:
-        return len(self.data)
+    encoding: str
+    stored_bytes: int
 
 
 def save_compressed(
@@ -86,9 +84,8 @@ def save_compressed(
     body, first = bytearray(), {}
     state = read_state(model)
     for number, (name, tensor) in enumerate(state.items()):
-        twin = first.setdefault(place(tensor, number), number)
-        data = bytes([TIED]) + varint(twin)
-        if twin == number:
+        data = bytes([TIED]) + varint(first.setdefault(place(tensor, number), number))
+        if first[place(tensor, number)] == number:
             if codebook_bits is not None and isinstance(tensor, nn.Parameter) and tensor.dim() >= 2 and tensor.numel():
                 tensor = kmeans_codebook(tensor.detach(), codebook_bits).values()
             data = encode_tensor(tensor.detach(), huffman)
@@ -107,13 +104,13 @@ def load_compressed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     checked: after an error it is as it was. OSError: the file cannot be read. CompressedFileError (a ValueError):
     foreign, truncated, damaged, of another format version, or of another network.
     """
-    entries, expected = read_contents(path), read_state(model)
-    check_same_network(path, entries, expected)
+    entries, expected = read_entries(Path(path)), read_state(model)
+    check_same_network(path, [stored for stored, _ in entries], expected)
     tensors: dict[str, Tensor] = {}
     first: dict[tuple, str] = {}
-    for number, stored in enumerate(entries):
+    for number, (stored, data) in enumerate(entries):
         try:
-            tensors[stored.name] = decode_tensor(stored, list(tensors.values()))
+            tensors[stored.name] = decode_tensor(data, stored, list(tensors.values()))
         except Exception as error:  # whatever a file says that was not written by save_compressed
             raise CompressedFileError(f"{path}: {stored.name} cannot be decoded: {error}") from error
         twin = first.setdefault(place(expected[stored.name], number), stored.name)
@@ -121,6 +118,11 @@ def load_compressed(path: str | os.PathLike, model: nn.Module) -> nn.Module:
             raise CompressedFileError(f"{path} holds another network: {twin} and {stored.name} are one in the model")
     unwrapped(model).load_state_dict(tensors)
     return model
+
+
+def read_contents(path: str | os.PathLike) -> list[StoredTensor]:
+    """What a file holds, tensor by tensor, without a model; the same errors as :func:`load_compressed`."""
+    return [stored for stored, _ in read_entries(Path(path))]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -133,7 +135,7 @@ def read_state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or isinstance(tensor, UninitializedTensorMixin):
             raise TypeError(f"{name} is {type(tensor).__name__}, not a tensor with values: it cannot be stored")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.dtype not in DTYPES:
             found = f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise TypeError(f"{found}: only dense tensors are stored")
     return state
@@ -148,9 +150,11 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def read_contents(path: str | os.PathLike) -> list[StoredTensor]:
-    """What a file holds, tensor by tensor, without a model; the same errors as :func:`load_compressed`."""
-    whole, start = Path(path).read_bytes(), len(MAGIC) + 1 + DIGEST_BYTES
+def read_entries(path: Path) -> list[tuple[StoredTensor, bytes]]:
+    """Everything in the file, checked but not decoded."""
+    if path.is_dir():
+        raise CompressedFileError(f"{path} is a folder, not a compressed network")
+    whole, start = path.read_bytes(), len(MAGIC) + 1 + DIGEST_BYTES
     if whole[: len(MAGIC)] != MAGIC:
         raise CompressedFileError(f"{path} was not written by save_compressed: it starts with {whole[:4]!r}")
     if len(whole) >= start and whole[len(MAGIC)] != VERSION:
@@ -162,7 +166,10 @@ def read_contents(path: str | os.PathLike) -> list[StoredTensor]:
         for _ in range(reader.varint()):
             name, dtype = reader.block().decode(), DTYPES[reader.byte()]
             shape = tuple(reader.varint() for _ in range(reader.varint()))
-            entries.append(StoredTensor(name, dtype, shape, reader.block()))
+            data = reader.block()
+            entries.append((StoredTensor(name, dtype, shape, NAMES[data[0]], len(data)), data))
+        if reader.rest():
+            raise ValueError("bytes too many at its end")
     except (ValueError, IndexError) as error:
         raise CompressedFileError(f"{path} cannot be read: {error}") from error
     return entries
@@ -173,11 +180,11 @@ def check_same_network(path: str | os.PathLike, entries: list[StoredTensor], exp
     stored = {entry.name: f"{entry.dtype} {list(entry.shape)}" for entry in entries}
     wanted = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in expected.items()}
     differ = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
-    if differ:
+    if differ or len(stored) != len(entries):
         pairs = [(n, stored.get(n, "nothing"), wanted.get(n, "nothing")) for n in differ[:4]]
         texts = [f"{n}: {ours} in the file, {theirs} in the model" for n, ours, theirs in pairs]
         texts += [f"and {len(differ) - 4} more"] if len(differ) > 4 else []
-        raise CompressedFileError(f"{path} holds another network: {'; '.join(texts)}")
+        raise CompressedFileError(f"{path} holds another network: {'; '.join(texts) or 'a name appears twice'}")
 
 
 def encode_tensor(tensor: Tensor, huffman: bool) -> bytes:
@@ -186,7 +193,7 @@ def encode_tensor(tensor: Tensor, huffman: bool) -> bytes:
     if tensor.is_floating_point() and tensor.element_size() > 1 and 2 * int(zeros.sum()) > tensor.numel():
         tensor = tensor.masked_fill(zeros, 0.0)
     patterns, is_float32 = bits_of(tensor), tensor.dtype == torch.float32
-    plain = encode_array(patterns.ravel(), is_float32, huffman)
+    plain = encode_array(patterns, is_float32, huffman)
     grid = encode_integers(patterns, huffman) if is_float32 and patterns.size > 1 else plain
     return min(plain, grid, key=len)
 
@@ -199,28 +206,36 @@ def bits_of(tensor: Tensor) -> np.ndarray:
     return integers.numpy().astype(f"<u{size}")
 
 
-def decode_tensor(stored: StoredTensor, before: list[Tensor]) -> Tensor:
+def decode_tensor(data: bytes, stored: StoredTensor, before: list[Tensor]) -> Tensor:
     """The inverse of :func:`encode_tensor`; a tied tensor is one of those ``before`` it."""
-    kind, size = stored.data[0], stored.dtype.itemsize
-    if kind == TIED:
-        return before[Reader(stored.data, 1).varint()]
-    decode = decode_integers if kind == INTEGERS else decode_values
-    patterns = decode(Reader(stored.data), math.prod(stored.shape), np.dtype(f"<u{size}"))
-    return torch.from_numpy(patterns.astype(f"=u{size}")).view(stored.dtype).reshape(stored.shape)
+    reader, size = Reader(data), stored.dtype.itemsize
+    if data[0] == TIED:
+        twin = before[Reader(data, 1).varint()]
+        if (twin.dtype, twin.shape) != (stored.dtype, stored.shape):
+            raise ValueError("tied to a tensor of another kind")
+        return twin
+    total = math.prod(stored.shape)
+    rows = stored.shape[0] if len(stored.shape) > 1 and total else 1
+    decode = decode_integers if data[0] == INTEGERS else decode_array
+    patterns = decode(reader, rows, total // rows, np.dtype(f"<u{size}"))
+    native = np.ascontiguousarray(patterns).astype(f"=u{size}")
+    if stored.dtype == torch.bool and native.max(initial=0) > 1:
+        raise ValueError("a truth value that is neither 0 nor 1")
+    return torch.from_numpy(native).view(stored.dtype).reshape(stored.shape)
 
 
 def encode_array(values: np.ndarray, is_float: bool, huffman: bool) -> bytes:
-    """Bit patterns [N], one by one or, if most are zeros, by gaps, whichever is shorter."""
-    dense = encode_values(values, is_float, huffman)
-    sparse = len(values) > 1 and 2 * np.count_nonzero(values) <= len(values)
-    return min(dense, encode_sparse(values, is_float, huffman), key=len) if sparse else dense
+    """Bit patterns [rows, columns], row by row or, if most are zeros, by gaps, whichever is shorter."""
+    dense = encode_values(values.ravel(), is_float, huffman)
+    sparse = values.size > 1 and 2 * np.count_nonzero(values) <= values.size
+    return min(dense, encode_sparse(values.ravel(), is_float, huffman), key=len) if sparse else dense
 
 
-def encode_sparse(values: np.ndarray, is_float: bool, huffman: bool) -> bytes:
+def encode_sparse(flat: np.ndarray, is_float: bool, huffman: bool) -> bytes:
     """The gaps before non-zeros, in the width that does best, then their values."""
-    positions = np.flatnonzero(values)
+    positions = np.flatnonzero(flat)
     gaps = np.diff(positions, prepend=-1) - 1
-    kept, candidates = encode_values(values[positions], is_float, huffman), []
+    kept, candidates = encode_values(flat[positions], is_float, huffman), []
     for bits in range(2, 9):
         cap = (1 << bits) - 1
         # A symbol of value cap skips that many zeros and says nothing else; what is left of the gap follows.
@@ -232,16 +247,20 @@ def encode_sparse(values: np.ndarray, is_float: bool, huffman: bool) -> bytes:
     return min(candidates, key=len)
 
 
-def decode_sparse(reader: "Reader", size: int, dtype: np.dtype) -> np.ndarray:
-    """The inverse of :func:`encode_sparse`, behind its first byte: bit patterns [size]."""
-    bits, count, steps = reader.byte(), reader.varint(), reader.varint()
+def decode_array(reader: "Reader", rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+    """The inverse of :func:`encode_array`: bit patterns [rows, columns]."""
+    if reader.data[reader.position] != SPARSE:
+        return decode_values(reader, rows * columns, dtype).reshape(rows, columns)
+    bits, count, steps = reader.take(2)[1], reader.varint(), reader.varint()
+    if count > rows * columns or steps > rows * columns + count:
+        raise ValueError(f"{count} non-zeros and {steps} steps for {rows * columns} values")
     gaps = decode_values(Reader(reader.block()), steps, np.dtype("u1")).astype(np.int64)
     ends = np.flatnonzero(gaps != (1 << bits) - 1)
     # Walking past the zeros, each non-zero itself takes one position more.
     positions = np.cumsum(gaps)[ends] + np.arange(len(ends))
-    values = np.zeros(size, dtype=dtype)
-    values[positions] = decode_values(reader, count, dtype)
-    return values
+    flat = np.zeros(rows * columns, dtype=dtype)
+    flat[positions] = decode_values(reader, count, dtype)
+    return flat.reshape(rows, columns)
 
 
 def encode_values(values: np.ndarray, is_float: bool, huffman: bool) -> bytes:
@@ -273,12 +292,12 @@ def as_half(patterns: np.ndarray) -> bytes | None:
 
 
 def decode_values(reader: "Reader", count: int, dtype: np.dtype) -> np.ndarray:
-    """The inverse of :func:`encode_array` and :func:`encode_values`, to the end of the data: bit patterns [count]."""
+    """The inverse of :func:`encode_values`, to the end of the data: bit patterns [count]."""
     kind = reader.byte()
     if kind == RAW:
         return np.frombuffer(reader.take(count * dtype.itemsize), dtype=dtype)
-    if kind == SPARSE:
-        return decode_sparse(reader, count, dtype)
+    if kind not in (FIXED, HUFFMAN):
+        raise ValueError(f"unknown encoding {kind}")
     if dtype.itemsize == 1:
         table = np.arange(reader.byte(), reader.byte() + 1).astype(dtype)
     else:
@@ -307,20 +326,20 @@ def encode_integers(values: np.ndarray, huffman: bool) -> bytes:
         if grid is not None:
             scales, levels = grid
             # 0, -1, 1, -2, 2 ... become 0, 1, 2, 3, 4 ...: small integers stay small, and zero is the background.
-            folded = np.where(levels < 0, -2 * levels - 1, 2 * levels).astype("u1").ravel()
+            folded = np.where(levels < 0, -2 * levels - 1, 2 * levels).astype("u1").reshape(values.shape)
             coded = block(encode_values(scales.view("<u4"), True, huffman)) + encode_array(folded, False, huffman)
             return bytes([INTEGERS]) + varint(group) + coded
     return raw
 
 
-def decode_integers(reader: "Reader", count: int, dtype: np.dtype) -> np.ndarray:
-    """The inverse of :func:`encode_integers`: float32 patterns [count]."""
+def decode_integers(reader: "Reader", rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+    """The inverse of :func:`encode_integers`: float32 patterns [rows, columns]."""
     reader.byte()
     group = reader.varint()
-    scales = decode_values(Reader(reader.block()), count // group, np.dtype("<u4")).view("<f4")
-    folded = decode_values(reader, count, np.dtype("u1")).astype(np.int64)
+    scales = decode_values(Reader(reader.block()), rows * columns // group, np.dtype("<u4")).view("<f4")
+    folded = decode_array(reader, rows, columns, np.dtype("u1")).astype(np.int64)
     levels = np.where(folded & 1, -(folded + 1) // 2, folded // 2).astype("<f4")
-    return (levels.reshape(len(scales), -1) * scales[:, None]).view(dtype).ravel()
+    return (levels.reshape(len(scales), -1) * scales[:, None]).view(dtype).reshape(rows, columns)
 
 
 def find_grid(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -432,10 +451,15 @@ def limited_lengths(counts: Sequence[int]) -> list[int]:
 
 
 def canonical_codes(lengths: Sequence[int]) -> list[int]:
-    """Code words (as integers) that follow from their lengths alone; length 0 means that the symbol has no word."""
+    """Code words (as integers) that follow from their lengths alone; length 0 means that the symbol has no word.
+
+    ValueError: no prefix-free code has these lengths (Kraft's sum is above 1).
+    """
     words, word, last = [0] * len(lengths), 0, 0
     for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length):
         word <<= length - last
+        if word >> length:
+            raise ValueError(f"no prefix-free code has the lengths {list(lengths)}")
         words[symbol], word, last = word, word + 1, length
     return words
 
@@ -463,8 +487,10 @@ def huffman_encode(symbols: np.ndarray, lengths: Sequence[int]) -> bytes:
 
 
 def huffman_decode(data: bytes, lengths: Sequence[int], count: int) -> np.ndarray:
-    """The first ``count`` symbols in ``data``, as integers [count]."""
+    """The first ``count`` symbols in ``data``, as integers [count]; ValueError if it ends early or breaks."""
     longest = max(lengths, default=0)
+    if count and not 1 <= longest <= LONGEST:
+        raise ValueError(f"code words must have 1 to {LONGEST} bits, got {longest}")
     # What a symbol's word is followed by does not matter: all entries of the table that begin with it are the symbol's.
     table = np.zeros((2, 1 << longest), dtype=np.int64)
     for symbol, (word, length) in enumerate(zip(canonical_codes(lengths), lengths, strict=True)):
@@ -478,6 +504,8 @@ def huffman_decode(data: bytes, lengths: Sequence[int], count: int) -> np.ndarra
         window = window << 1 | padded[k : k + len(bits)]
     hops, starts, position = table[1, window].tolist(), [], 0
     for _ in range(count):
+        if position >= len(hops) or not 0 < hops[position] <= len(hops) - position:
+            raise ValueError(f"the bit stream ends or breaks after {len(starts)} of {count} symbols")
         starts.append(position)
         position += hops[position]
     return table[0, window[starts]] if starts else np.zeros(0, dtype=np.int64)
