@@ -61,6 +61,8 @@ def unpack_weight(data: bytes) -> Tensor:
         elif layout == "csr":
             starts = take("<u4", shape[0] + 1).astype(np.int64)
             column = take(_column_type(columns), int(starts[-1])).astype(np.int64)
+            if starts[0] != 0 or (column >= columns).any():
+                raise ValueError(f"its row starts or columns do not fit shape {shape}")
             where = np.repeat(np.arange(shape[0]), np.diff(starts)) * columns + column
         values = np.zeros(total, dtype=np.float32)
         values[where] = take("<f4", len(where))

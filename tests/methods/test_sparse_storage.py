@@ -41,6 +41,13 @@ def test_damaged_bytes_are_refused(layout):
             unpack_weight(wrong)
 
 
+def test_a_column_out_of_range_is_refused():
+    data = bytearray(pack_weight(torch.eye(2), "csr"))
+    data[10 + 12] = 7
+    with pytest.raises(ValueError, match="do not fit shape"):
+        unpack_weight(bytes(data))
+
+
 @pytest.mark.parametrize(("weight", "layout", "error", "text"), [
     (torch.ones(2), "coo", ValueError, "'dense', 'bitmap', 'csr', got 'coo'"),
     (torch.ones(2).double(), "csr", TypeError, "float32 tensor, got torch.float64"),
