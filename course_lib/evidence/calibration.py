@@ -152,10 +152,9 @@ def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
         return low
     if rising(high) <= 0:
         return high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return (low + high) / 2
+    from scipy import optimize
+
+    return optimize.brentq(rising, low, high)
 
 
 def _distributions(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.gate import copy_model, eval_mode, whole_number
+from course_lib.gate import copy_model, eval_mode
 from course_lib.methods.distillation_features import tap_features
 from course_lib.methods.temperature import check_float, check_number, readable_truth, widen
 
@@ -104,7 +104,7 @@ def decoupled_kd_loss(
     tensor(0.1661)
     """
     student, teacher, T = checked(student_logits, teacher_logits, temperature)
-    check_labels(labels, student, in_range=True)
+    check_labels(labels, student)
     right_p, wrong_p = decouple(torch.log_softmax(teacher / T, dim=-1), labels)
     right_q, wrong_q = decouple(torch.log_softmax(student / T, dim=-1), labels)
     target, nontarget = kl_divergence(right_p, right_q), kl_divergence(wrong_p, wrong_q)
@@ -128,11 +128,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None = None
     """Mean cross-entropy over all rows of ``[..., K]``, or over those that are marked (0 if none is)."""
     labels, z = check_labels(labels, logits, labelled), widen(logits)
     z, labels = (z, labels) if z.dim() <= 2 else (z.flatten(0, -2), labels.flatten())
-    try:
-        each = F.cross_entropy(z, labels, reduction="mean" if labelled is None else "none", ignore_index=NO_LABEL)
-    except IndexError:  # torch looks anyway, and more quickly
-        check_labels(labels, z, in_range=True)
-        raise
+    each = F.cross_entropy(z, labels, reduction="mean" if labelled is None else "none", ignore_index=NO_LABEL)
     if labelled is None:
         return each
     return each.masked_fill(~labelled.view(labels.shape), 0.0).sum() / labelled.sum().clamp_min(1)
@@ -206,9 +202,8 @@ def _empty_frozen(module_class: type[nn.Module]) -> nn.Module:
 
 
 def teacher_table(
-    teacher: nn.Module | Sequence[nn.Module], images: Tensor | Sequence, *, layer: str | None = None,
-    batch_size: int = 1024,
-) -> Tensor:  # fmt: skip
+    teacher: nn.Module | Sequence[nn.Module], images: Tensor | Sequence, *, layer: str | None = None
+) -> Tensor:
     """A teacher's answers to a fixed transfer set, computed once, in eval mode: the student's epochs look them up.
 
     Right only where image i never changes: with random augmentation the teacher must see the same view as the student
@@ -225,8 +220,7 @@ def teacher_table(
     if len(each) != len(teachers) or not each or not all(map(len, each)):
         shapes = [tuple(part.shape) for part in each]
         raise ValueError(f"need images for each of {len(teachers)} teachers, got images of the shapes {shapes}")
-    size = whole_number(batch_size, "batch_size")
-    tables = [_answers(model, part.split(size), layer) for model, part in zip(teachers, each, strict=True)]
+    tables = [_answers(model, part.split(1024), layer) for model, part in zip(teachers, each, strict=True)]
     return tables[0] if isinstance(teacher, nn.Module) else torch.stack(tables)
 
 
@@ -256,7 +250,7 @@ def checked(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tu
     return student, widen(teacher), T.to(student.dtype) if isinstance(T, Tensor) else T
 
 
-def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None, *, in_range: bool = False) -> Tensor:
+def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None) -> Tensor:
     """Class indices, one a row of logits; 0 where the bool ``labelled`` says that there is none."""
     marks = [] if labelled is None else [("labelled", labelled, torch.bool)]
     for name, given, dtype in (("labels", labels, torch.int64), *marks):
@@ -266,8 +260,10 @@ def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None,
         if given.shape != logits.shape[:-1]:
             shape, fit = tuple(given.shape), tuple(logits.shape[:-1])
             raise ValueError(f"{name} must have shape {fit} to fit logits {tuple(logits.shape)}, got {shape}")
+    if labelled is not None:
+        labels = labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class
     last = logits.shape[-1] - 1
-    if in_range and not readable_truth((labels.clamp(0, last) == labels).all()):
+    if not readable_truth((labels.clamp(0, last) == labels).all()):
         low, high = labels.min().item(), labels.max().item()
         raise ValueError(f"labels must run from 0 to {last} for {last + 1} classes, got {low} to {high}")
-    return labels if labelled is None else labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class
+    return labels

@@ -222,6 +222,15 @@ class IntegerNetwork:
         return dequantize(self.scores(images), self.y_q)
 
 
+def output_shape(network: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the answer to one image; ValueError if the network does not take images of ``input_shape``."""
+    try:
+        with torch.no_grad():
+            return tuple(network(torch.zeros(2, *input_shape)).shape[1:])
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the network does not take images of shape {tuple(input_shape)}: {error}") from error
+
+
 def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """What a chain does to an image when it is deployed: BatchNorm folded, Dropout and Identity left out, in float32.
 

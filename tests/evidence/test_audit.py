@@ -82,16 +82,16 @@ def test_exemplars_equal_a_loop_over_sets(replicas):
     found = find_exemplars(a, b, labels)
     for kind, rows in wanted.items():
         assert getattr(found, kind).tolist() == [i for _, i in sorted(rows)]
-    assert len(found) == sum(map(len, wanted.values())) > 0
+    assert sum(map(len, wanted.values())) > 0
     other = find_exemplars(b.flip(0), a.flip(0), labels)
     assert (other.broken.tolist(), other.repaired.tolist()) == (found.repaired.tolist(), found.broken.tolist())
-    assert len(find_exemplars(a, a, labels)) == 0
 
 
 def test_a_tie_that_holds_the_others_answer_is_no_exemplar():
     a = torch.tensor([[3], [3], [8], [8]])
     for other, count in (([8, 8, 8, 3], 0), ([3, 3, 3, 8], 0), ([5, 5, 5, 8], 1)):
-        assert len(find_exemplars(a, torch.tensor(other)[:, None], torch.tensor([3]))) == count
+        found = find_exemplars(a, torch.tensor(other)[:, None], torch.tensor([3]))
+        assert [len(kind) for kind in (found.broken, found.repaired, found.otherwise)] == [count, 0, 0]
 
 
 ANSWERS = draw(4, 5)
@@ -114,7 +114,7 @@ def test_bad_answers_are_refused_in_words(function, before, after, labels, text)
         function(before, after, labels)
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_exemplars_need_the_same_images():
     with pytest.raises(ValueError, match="the same images for all replicas"):
         find_exemplars(ANSWERS, ANSWERS, draw(4, 5, seed=9))
 
@@ -148,12 +148,8 @@ def test_noise_is_one_draw_amplified():
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (3, 2), (2, 2)])
 def test_occlusion_of_a_linear_model_by_a_loop(size, stride):
     g = torch.Generator().manual_seed(0)
-    images, weight, target = (
-        torch.randn(3, 2, 4, 5, generator=g),
-        torch.randn(4, 40, generator=g),
-        torch.tensor([0, 3, 1]),
-    )
-    model = linear(weight)
+    images, weight = torch.randn(3, 2, 4, 5, generator=g), torch.randn(4, 40, generator=g)
+    model, target = linear(weight), torch.tensor([0, 3, 1])
     dark = images.amin(dim=(0, 2, 3))
     tops = sorted({*range(0, 4 - size, stride), 4 - size})
     lefts = sorted({*range(0, 5 - size, stride), 5 - size})

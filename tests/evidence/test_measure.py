@@ -3,7 +3,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from course_lib.evidence.measure import (  # isort: skip
@@ -50,15 +49,23 @@ def brute_force_macs(model, shape):
     return sum(macs)
 
 
-@pytest.mark.parametrize("name", ["lenet300", "lenet5", "cnn_teacher", "cnn_student"])
-def test_macs_of_the_models_by_brute_force(name):
-    model = build_model(name, (1, 12, 10), 10, seed=0)
-    assert count_macs(model, (1, 12, 10)) == brute_force_macs(model, (1, 12, 10))
+GROUPS = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8))
 
 
-def test_macs_of_groups_strides_and_dilation():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8))
-    assert count_macs(model, (4, 16, 16)) == brute_force_macs(model, (4, 16, 16))
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (build_model("lenet5", (1, 12, 10), 10, seed=0), (1, 12, 10)),
+        (build_model("cnn_teacher", (1, 12, 10), 10, seed=0), (1, 12, 10)),
+        (GROUPS, (4, 16, 16)),
+    ],
+)
+def test_macs_by_brute_force_and_counting_changes_nothing(model, shape):
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = count_macs(model, shape)
+    assert model.training
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert found == brute_force_macs(model, shape)
 
 
 def test_macs_of_a_transformer_are_not_lost_on_the_fast_path():
@@ -68,14 +75,6 @@ def test_macs_of_a_transformer_are_not_lost_on_the_fast_path():
     attention = 2 * 5 * 5 * 16
     assert count_macs(layer, (5, 16)) == projections + attention
     assert torch.backends.mha.get_fastpath_enabled() == before
-
-
-def test_counting_changes_nothing():
-    model = build_model("cnn_teacher", (1, 8, 8), 10, seed=0)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    count_macs(model, (1, 8, 8))
-    assert model.training
-    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
 class Net(nn.Module):
@@ -149,18 +148,12 @@ def test_a_shape_that_does_not_fit_is_named():
         count_macs(nn.Bilinear(4, 4, 5), (4,))
 
 
-def test_bytes_are_those_of_a_file(tmp_path):
-    from safetensors.torch import save_model
-
-    model = build_model("cnn_teacher", (1, 8, 8), 10, seed=0)
-    save_model(model, str(tmp_path / "m"))
-    assert stored_bytes(model) == (tmp_path / "m").stat().st_size
-    assert set(load_file(tmp_path / "m")) == set(model.state_dict())
-
-
 def test_bytes_of_zeros_halves_shared_and_empty():
+    from safetensors.torch import save
+
     model = nn.Linear(100, 100)
     full = stored_bytes(model)
+    assert full == len(save(model.state_dict()))
     nn.init.zeros_(model.weight)
     assert stored_bytes(model) == full
     assert stored_bytes(model.half()) < 0.55 * full
@@ -205,17 +198,10 @@ def test_the_exported_network_gives_the_same_logits_at_any_batch(teacher_file):
 def test_a_slower_variant_is_seen_as_slower(teacher_file):
     _, path = teacher_file
     threads = torch.get_num_threads()
-    table = compare_latency(
-        {"small": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "file": path},
-        EXAMPLE,
-        rounds=3,
-        warmup=1,
-        sample_seconds=0.001,
-    )
+    variants = {"small": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "file": path}
+    table = compare_latency(variants, EXAMPLE, rounds=3, warmup=1, sample_seconds=0.001)
     assert list(table) == ["small", "file"]
-    ratio = table.ratio("file", "small")
-    assert ratio.mean > 3
-    assert ratio.low <= ratio.mean <= ratio.high
+    assert table.ratio("file", "small").mean > 3
     assert torch.get_num_threads() == threads
 
 
@@ -229,8 +215,6 @@ def test_variants_are_timed_in_turn():
 def test_figures():
     table = LatencyTable(a=Latency((2.0, 4.0, 8.0)), b=Latency((1.0, 2.0, 4.0)))
     assert table["a"].median == 4.0
-    assert table["a"].quartiles == (3.0, 6.0)
-    assert table.ratio("a", "b").mean == pytest.approx(2.0)
     assert table.ratio("a", "b") > 1.9
     assert table.ratio("a", "b").unit == "×"
     uneven = LatencyTable(a=Latency((1.0, 4.0)), b=Latency((1.0, 1.0))).ratio("a", "b")

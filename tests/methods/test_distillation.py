@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,8 +52,8 @@ def value_and_grad(loss, student):
 
 
 def assert_same(ours, theirs, student, **tolerance):
-    for a, b in zip(value_and_grad(ours, student), value_and_grad(theirs, student), strict=True):
-        torch.testing.assert_close(a, b, **tolerance or {"rtol": 1e-9, "atol": 1e-12})
+    pair = value_and_grad(ours, student), value_and_grad(theirs, student)
+    torch.testing.assert_close(*pair, **tolerance or {"rtol": 1e-9, "atol": 1e-12})
 
 
 # --- the formula
@@ -76,8 +77,7 @@ def test_the_two_ends_of_alpha_are_exact_bit_for_bit(as_tensor):
     for alpha, expected in ends.items():
         given = torch.tensor(alpha) if as_tensor else alpha
         ours = kd_loss(student, teacher, labels, temperature=4.0, alpha=given)
-        for a, b in zip(value_and_grad(ours, student), value_and_grad(expected, student), strict=True):
-            assert torch.equal(a, b)
+        assert_same(ours, expected, student, rtol=0, atol=0)
 
 
 def test_terms_are_unweighted_and_there_at_both_ends():
@@ -147,10 +147,9 @@ def test_leading_dimensions_are_images_too():
 def test_a_class_that_both_rule_out_costs_nothing(gone):
     student, teacher, labels = make()
     labels = labels % 9
-    masked_student = torch.cat([student[:, :9], torch.full((16, 1), gone, dtype=torch.float64)], dim=1)
-    masked_teacher = torch.cat([teacher[:, :9], torch.full((16, 1), gone, dtype=torch.float64)], dim=1)
+    masked = (F.pad(z[:, :9], (0, 1), value=gone) for z in (student, teacher))
     plain = all_losses(student[:, :9], teacher[:, :9], labels)
-    for name, loss in all_losses(masked_student, masked_teacher, labels).items():
+    for name, loss in all_losses(*masked, labels).items():
         assert_same(loss, plain[name], student)
 
 
@@ -161,8 +160,7 @@ def test_what_only_one_rules_out():
     assert kd_loss(masked, z, torch.tensor([0]), temperature=1.0, alpha=0) == 0  # and not 0 · ∞
     sure = torch.tensor([[1.0, -math.inf, -math.inf]], requires_grad=True)
     value, grad = value_and_grad(all_losses(sure, sure.detach(), torch.tensor([0]))["decoupled"], sure)
-    assert value == 0
-    assert not grad.any()
+    assert (value, grad.any()) == (0, False)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -203,8 +201,7 @@ def test_with_some_labels_unknown_the_hard_term_is_the_mean_over_the_known(alpha
         assert_same(ours, expected, student)
     nothing = torch.zeros(16, dtype=torch.bool)
     value, grad = value_and_grad(kd_loss(student, teacher, labels, temperature=2, alpha=0, labelled=nothing), student)
-    assert value == 0
-    assert not grad.any()
+    assert (value, grad.any()) == (0, False)
 
 
 # --- what is turned down
@@ -221,7 +218,6 @@ def test_with_some_labels_unknown_the_hard_term_is_the_mean_over_the_known(alpha
         ({"student": torch.zeros(16, 10).long()}, TypeError, "student_logits must be a floating-point"),
         ({"student": torch.zeros(0, 10), "teacher": torch.zeros(0, 10)}, ValueError, "empty batch"),
         ({"labels": torch.full((16,), 10)}, ValueError, "0 to 9 for 10 classes, got 10 to 10"),
-        ({"labels": torch.full((16,), -1)}, ValueError, "got -1 to -1"),
         ({"labels": torch.full((16,), -100)}, ValueError, "got -100 to -100"),  # torch would ignore these
         ({"labels": torch.zeros(16)}, TypeError, "int64 tensor.* got dtype torch.float32"),
         ({"labels": torch.zeros(15).long()}, ValueError, r"shape \(16,\) to fit logits \(16, 10\), got \(15,\)"),
@@ -289,27 +285,23 @@ def test_the_original_stays_as_it_was_and_shares_nothing():
     before = copy.deepcopy(teacher.state_dict())
     expert = frozen(teacher)
     assert teacher.training
-    assert all(p.requires_grad for p in teacher.parameters())
-    assert not any(p.requires_grad for p in expert.parameters())
-    assert not any(p.requires_grad for p in expert.requires_grad_(True).parameters())
     assert type(teacher) is nn.Sequential
-    teacher(torch.randn(8, 4)).sum().backward()
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert not any(p.requires_grad for p in expert.requires_grad_(True).parameters())
     with torch.no_grad():
+        teacher(torch.randn(8, 4))  # moves BatchNorm's statistics
         teacher[0].weight.zero_()
-    for (name, old), value in zip(before.items(), expert.state_dict().values(), strict=True):
-        assert torch.equal(value, old), name
+    assert all(torch.equal(value, before[name]) for name, value in expert.state_dict().items())
 
 
 def test_it_keeps_its_class_and_survives_copies_and_pickles():
-    expert = frozen(make_teacher())
-    x = torch.randn(3, 4)
-    twice, copied, pickled = frozen(expert), copy.deepcopy(expert), pickle.loads(pickle.dumps(expert))
-    for one in (expert, twice, copied, pickled):
+    expert, x = frozen(make_teacher()), torch.randn(3, 4)
+    for one in (frozen(expert), copy.deepcopy(expert), pickle.loads(pickle.dumps(expert))):
+        assert type(one) is type(expert)
         assert isinstance(one, nn.Sequential)
         assert one.train().training is False
         assert torch.equal(one(x), expert(x))
-    assert type(twice) is type(expert)
-    assert copied[0].weight.data_ptr() != expert[0].weight.data_ptr()
+        assert one[0].weight.data_ptr() != expert[0].weight.data_ptr()
 
 
 def test_what_cannot_be_frozen_says_so():
@@ -323,24 +315,19 @@ def test_what_cannot_be_frozen_says_so():
         frozen(torch.jit.script(nn.Linear(2, 2)))
 
 
-def test_a_table_holds_the_answers_of_eval_mode_whatever_the_batch_size():
-    teachers, images = [make_teacher(), make_teacher().eval()], [torch.randn(11, 4), torch.randn(11, 4)]
+def test_a_table_holds_the_answers_of_eval_mode_to_all_images():
+    teachers, images = [make_teacher(), make_teacher().eval()], [torch.randn(1100, 4), torch.randn(1100, 4)]
     teachers[0](images[0])
     expected = torch.stack([frozen(t)(x) for t, x in zip(teachers, images, strict=True)])
-    for batch_size in (1, 4, 11, 1024):
-        table = teacher_table(teachers, images, batch_size=batch_size)
+    splits = [SimpleNamespace(images=x) for x in images]
+    for given in (images, splits):
+        table = teacher_table(teachers, given)
         torch.testing.assert_close(table, expected)
         assert not table.requires_grad
     assert [t.training for t in teachers] == [True, False]
-
-    class Split:
-        def __init__(self, images):
-            self.images = images
-
-    torch.testing.assert_close(teacher_table(teachers, [Split(x) for x in images]), expected)
-    torch.testing.assert_close(teacher_table(teachers, Split(images[0]))[0], expected[0])
+    torch.testing.assert_close(teacher_table(teachers, splits[0])[0], expected[0])
     torch.testing.assert_close(teacher_table(teachers[0], images[0]), expected[0])
-    hidden = teacher_table(teachers[0], images[0], layer="2", batch_size=4)
+    hidden = teacher_table(teachers[0], images[0], layer="2")
     torch.testing.assert_close(hidden, frozen(teachers[0])[:3](images[0]))
     assert not any(module._forward_hooks for module in teachers[0].modules())
 
@@ -350,7 +337,3 @@ def test_a_table_needs_images_for_each_teacher():
     for given in ((teacher, images[:0]), ([teacher], [images] * 2), ([], images), ([teacher], [])):
         with pytest.raises(ValueError, match="need images for each of"):
             teacher_table(*given)
-    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
-        teacher_table(teacher, images, batch_size=0)
-    with pytest.raises(ValueError, match="no layer 'nine'"):
-        teacher_table(teacher, images, layer="nine")
