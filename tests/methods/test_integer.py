@@ -1,6 +1,7 @@
 """Integer arithmetic against the same layers in float64 on the dequantized numbers, and whole networks."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -26,19 +27,16 @@ def draw(shape, seed, magnitude, offset):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + offset) * 10.0**magnitude
 
 
-def on_grids(x, w, b, bits, per_channel, asymmetric_weight):
-    x_q = choose_qparams(x, bits, symmetric=False)
-    w_q = choose_qparams(w, bits, symmetric=not asymmetric_weight, axis=0 if per_channel else None)
-    return x_q, quantize(x, x_q), w_q, quantize(w, w_q), quantize_bias(b, x_q, w_q)
-
-
-def expected(y, y_q):
-    """Float64 outputs on the output's integers, by the definition."""
-    return (torch.round(y / y_q.scale.double()) + y_q.zero_point).clamp(y_q.qmin, y_q.qmax)
-
-
-def real_bias(bias, x_q, w_q):
-    return bias.double() * x_q.scale.double() * w_q.scale.double()
+def assert_within_one_step(layer, float_layer, x, w, b, x_q, w_q):
+    """``layer`` on integers against ``float_layer`` in float64 on what they stand for, rounded by the definition."""
+    xq, wq, bq = quantize(x, x_q), quantize(w, w_q), quantize_bias(b, x_q, w_q)
+    bias = bq.double() * x_q.scale.double() * w_q.scale.double()
+    y = float_layer(dequantize(xq, x_q).double(), dequantize(wq, w_q).double(), bias)
+    y_q = choose_qparams(y.float(), 8, symmetric=False)
+    expected = (torch.round(y / y_q.scale.double()) + y_q.zero_point).clamp(y_q.qmin, y_q.qmax)
+    yq = layer(xq, x_q, wq, w_q, bq, y_q)
+    assert (yq.dtype, yq.shape) == (torch.uint8, y.shape)
+    assert (yq.double() - expected).abs().max() <= 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,12 +48,9 @@ def test_linear_is_within_one_step(shape, seed, mx, mw, offset, bits, per_channe
     n, i, o = shape
     x, w = draw((n, i), seed, mx, offset), draw((o, i), seed + 1, mw, 0)
     b = draw((o,), seed + 2, mx + mw, 0)
-    x_q, xq, w_q, wq, bq = on_grids(x, w, b, bits, per_channel, asymmetric)
-    y = F.linear(dequantize(xq, x_q).double(), dequantize(wq, w_q).double(), real_bias(bq, x_q, w_q))
-    y_q = choose_qparams(y.float(), 8, symmetric=False)
-    yq = integer_linear(xq, x_q, wq, w_q, bq, y_q)
-    assert yq.dtype == torch.uint8
-    assert (yq.double() - expected(y, y_q)).abs().max() <= 1
+    x_q = choose_qparams(x, bits, symmetric=False)
+    w_q = choose_qparams(w, bits, symmetric=not asymmetric, axis=0 if per_channel else None)
+    assert_within_one_step(integer_linear, F.linear, x, w, b, x_q, w_q)
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,13 +63,9 @@ def test_conv_is_within_one_step(shape, kernel, stride, padding, seed, magnitude
     n, c, o, h, w_ = shape
     x, w = draw((n, c, h, w_), seed, magnitude, offset), draw((o, c, *kernel), seed + 1, 0, 0)
     b = draw((o,), seed + 2, magnitude, 0)
-    x_q, xq, w_q, wq, bq = on_grids(x, w, b, 8, per_channel, False)
-    weight = dequantize(wq, w_q).double()
-    y = F.conv2d(dequantize(xq, x_q).double(), weight, real_bias(bq, x_q, w_q), stride=stride, padding=padding)
-    y_q = choose_qparams(y.float(), 8, symmetric=False)
-    yq = integer_conv2d(xq, x_q, wq, w_q, bq, y_q, stride=stride, padding=padding)
-    assert yq.shape == y.shape
-    assert (yq.double() - expected(y, y_q)).abs().max() <= 1
+    x_q, w_q = choose_qparams(x, 8, symmetric=False), choose_qparams(w, 8, axis=0 if per_channel else None)
+    ours, theirs = (partial(f, stride=stride, padding=padding) for f in (integer_conv2d, F.conv2d))
+    assert_within_one_step(ours, theirs, x, w, b, x_q, w_q)
 
 
 @settings(max_examples=200, deadline=None)
