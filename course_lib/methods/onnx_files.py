@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.files import write_file
-from course_lib.gate import UnsupportedModel, whole_number
+from course_lib.gate import whole_number
 from course_lib.methods import integer
 from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair
 from course_lib.methods.quantization import QuantParams, choose_qparams, naming, quantize
@@ -70,8 +70,6 @@ class Graph:
         inputs = [weight] if bias is None else [weight, bias]
         if module.weight.dim() == 2:
             self.add("Gemm", name, *inputs, transB=1)
-        elif isinstance(module.padding, str) or getattr(module, "padding_mode", "zeros") != "zeros":
-            raise UnsupportedModel(f"{name!r} ({module}) is not supported: zero padding in numbers is needed")
         else:
             spread = {"group": module.groups, "dilations": module.dilation} if isinstance(module, nn.Conv2d) else {}
             self.add("Conv", name, *inputs, **window(module.weight.shape[2:], module.stride, module.padding), **spread)
