@@ -152,9 +152,10 @@ def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
         return low
     if rising(high) <= 0:
         return high
-    from scipy import optimize
-
-    return optimize.brentq(rising, low, high)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
 def _distributions(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Graph:
         self.tip = "images"
 
     def constant(self, name: str, value: Tensor) -> str:
-        self.constants[name] = value.detach().cpu().contiguous().numpy()
+        self.constants[name] = np.ascontiguousarray(value.detach().cpu())
         return name
 
     def add(self, kind: str, name: str, *inputs: str, **attributes) -> None:

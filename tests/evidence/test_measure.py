@@ -201,6 +201,13 @@ def test_variants_are_timed_in_turn():
     assert "".join(calls[-8:]) == "abbaabba"
 
 
+def test_three_rounds_are_for_warmth_and_fifteen_count_on_one_thread():
+    threads = []
+    table = compare_latency({"a": lambda x: threads.append(torch.get_num_threads())}, EXAMPLE, sample_seconds=1e-9)
+    assert len(table["a"].samples) == 15
+    assert threads == [1] * (4 + 3 + 15)  # four calls find out how long one takes
+
+
 def test_figures():
     table = LatencyTable(a=Latency((2.0, 4.0, 8.0)), b=Latency((1.0, 2.0, 4.0)))
     assert table["a"].median == 4.0

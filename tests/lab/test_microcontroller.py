@@ -111,6 +111,8 @@ def test_a_stack_without_end_and_the_compilers_words_are_told():
 
 
 def test_a_board_says_what_it_lacks():
+    sizes = [(board.flash // 1024, board.ram // 1024, board.megahertz) for board in BOARDS]
+    assert sizes == [(32, 4, 48), (256, 16, 16), (1024, 128, 168)]
     small = BOARDS[0]
     small.check(Cost(flash=32 * 1024, ram=4 * 1024, stack=0, instructions=None))
     with pytest.raises(BoardTooSmall, match=r"54,488 bytes of flash are needed, the NUCLEO-F031K6 has 32,768$"):
