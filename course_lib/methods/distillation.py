@@ -104,7 +104,7 @@ def decoupled_kd_loss(
     tensor(0.1661)
     """
     student, teacher, T = checked(student_logits, teacher_logits, temperature)
-    check_labels(labels, student)
+    check_labels(labels, student, in_range=True)
     right_p, wrong_p = decouple(torch.log_softmax(teacher / T, dim=-1), labels)
     right_q, wrong_q = decouple(torch.log_softmax(student / T, dim=-1), labels)
     target, nontarget = kl_divergence(right_p, right_q), kl_divergence(wrong_p, wrong_q)
@@ -128,7 +128,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor | None = None
     """Mean cross-entropy over all rows of ``[..., K]``, or over those that are marked (0 if none is)."""
     labels, z = check_labels(labels, logits, labelled), widen(logits)
     z, labels = (z, labels) if z.dim() <= 2 else (z.flatten(0, -2), labels.flatten())
-    each = F.cross_entropy(z, labels, reduction="mean" if labelled is None else "none", ignore_index=NO_LABEL)
+    try:
+        each = F.cross_entropy(z, labels, reduction="mean" if labelled is None else "none", ignore_index=NO_LABEL)
+    except IndexError:  # torch looks anyway, and more quickly
+        check_labels(labels, z, in_range=True)
+        raise
     if labelled is None:
         return each
     return each.masked_fill(~labelled.view(labels.shape), 0.0).sum() / labelled.sum().clamp_min(1)
@@ -250,7 +254,7 @@ def checked(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> tu
     return student, widen(teacher), T.to(student.dtype) if isinstance(T, Tensor) else T
 
 
-def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None) -> Tensor:
+def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None, *, in_range: bool = False) -> Tensor:
     """Class indices, one a row of logits; 0 where the bool ``labelled`` says that there is none."""
     marks = [] if labelled is None else [("labelled", labelled, torch.bool)]
     for name, given, dtype in (("labels", labels, torch.int64), *marks):
@@ -260,10 +264,8 @@ def check_labels(labels: Tensor, logits: Tensor, labelled: Tensor | None = None)
         if given.shape != logits.shape[:-1]:
             shape, fit = tuple(given.shape), tuple(logits.shape[:-1])
             raise ValueError(f"{name} must have shape {fit} to fit logits {tuple(logits.shape)}, got {shape}")
-    if labelled is not None:
-        labels = labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class
     last = logits.shape[-1] - 1
-    if not readable_truth((labels.clamp(0, last) == labels).all()):
+    if in_range and not readable_truth((labels.clamp(0, last) == labels).all()):
         low, high = labels.min().item(), labels.max().item()
         raise ValueError(f"labels must run from 0 to {last} for {last + 1} classes, got {low} to {high}")
-    return labels
+    return labels if labelled is None else labels.masked_fill(~labelled, 0)  # a placeholder such as -1 is no class

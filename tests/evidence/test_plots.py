@@ -156,6 +156,13 @@ def test_what_lies_below_the_floor_is_drawn_there_with_its_value(ax):
         draw_pareto(ax, TABLE.assign(bytes=0), "bytes", xlabel="")
 
 
+def test_sixteen_families_can_be_told_apart(ax):
+    rows = [(f"family {i}", "", [90.0, 91.0], 10 + i) for i in range(16)]
+    draw_pareto(ax, pandas.DataFrame(rows, columns=["family", "label", "score", "bytes"]), "bytes", xlabel="bytes")
+    lines = [line for line in ax.lines if str(line.get_label()).startswith("family")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 16
+
+
 def test_panels_share_a_legend(capsys):
     plot_pareto(TABLE, {"bytes": "bytes", "macs": "MACs"}, alt="Four models by bytes and by MACs.", floor=90)
     assert "Four models by bytes" in capsys.readouterr().out
