@@ -126,10 +126,10 @@ def test_sums_that_int32_might_not_hold():
         integer_linear(x[:, :fits], Q, x[:, :fits], Q, room + 1, Q)
     with pytest.raises(ValueError, match="more than int32 holds"):
         integer_linear(x, Q, x, Q, None, Q)
-    for zero_point, reach in ((100, 155), (200, 200)):
-        unsigned = QuantParams(scale=0.1, zero_point=zero_point, qmin=0, qmax=255)
+    for zero_point, qmin, reach in ((100, 0, 155), (200, 0, 200), (50, -128, 178)):
+        uneven = QuantParams(scale=0.1, zero_point=zero_point, qmin=qmin, qmax=qmin + 255)
         with pytest.raises(ValueError, match=f"{reach} × 127"):
-            integer_linear(x.to(torch.uint8), unsigned, x, Q, None, Q)
+            integer_linear(x.to(uneven.dtype), uneven, x, Q, None, Q)
     one, bias = QuantParams(1.0, 0, -7, 7), torch.tensor([2**31 - 1, 1 - 2**31], dtype=torch.float64)
     assert torch.equal(quantize_bias(bias, one, one), bias.int())
     with pytest.raises(ValueError, match="more than int32 holds"):
