@@ -206,6 +206,10 @@ def test_three_rounds_are_for_warmth_and_fifteen_count_on_one_thread():
     table = compare_latency({"a": lambda x: threads.append(torch.get_num_threads())}, EXAMPLE, sample_seconds=1e-9)
     assert len(table["a"].samples) == 15
     assert threads == [1] * (4 + 3 + 15)  # four calls find out how long one takes
+    calls = []
+    variants = {"a": lambda x: calls.append(0) or time.sleep(0.001)}
+    compare_latency(variants, EXAMPLE, rounds=2, warmup=0, sample_seconds=0.02)
+    assert 4 + 2 * 2 < len(calls) <= 4 + 2 * 20  # as often in a row as fills 20 ms
 
 
 def test_figures():
