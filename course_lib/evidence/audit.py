@@ -58,9 +58,6 @@ class Exemplars:
     repaired: Tensor
     otherwise: Tensor
 
-    def __len__(self) -> int:
-        return len(self.broken) + len(self.repaired) + len(self.otherwise)
-
 
 def find_exemplars(before: Tensor, after: Tensor, labels: Tensor) -> Exemplars:
     """Compression-identified exemplars (Hooker et al. 2019, section 3.2): images whose most frequent answer changed.

@@ -135,7 +135,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds a call of one variant: ``samples``, one a round, with their median and quartiles."""
+    """Seconds a call of one variant, ``samples``, one a round; as text their median and quartiles."""
 
     samples: tuple[float, ...]
 
@@ -144,25 +144,19 @@ class Latency:
         """Median seconds a call."""
         return statistics.median(self.samples)
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """First and third quartile, seconds a call."""
-        low, high = np.quantile(self.samples, [0.25, 0.75])
-        return float(low), float(high)
-
     def __str__(self) -> str:
-        low, high = self.quartiles
+        low, high = np.quantile(self.samples, [0.25, 0.75])
         return f"{1e6 * self.median:,.0f} µs ({1e6 * low:,.0f}–{1e6 * high:,.0f})"
 
 
 class LatencyTable(dict[str, Latency]):
     """Name → :class:`Latency`, measured in turn, so that round ``i`` of one and of another belong together."""
 
-    def ratio(self, slow: str, fast: str, *, level: float = 0.95) -> Interval:
+    def ratio(self, slow: str, fast: str) -> Interval:
         """How many times as long ``slow`` takes as ``fast``: geometric mean of the rounds' ratios, with interval."""
         if missing := {slow, fast} - self.keys():
             raise KeyError(f"no variant {missing.pop()!r}; measured were {', '.join(self)}")
-        logs = mean_interval(np.log(self[slow].samples) - np.log(self[fast].samples), level=level)
+        logs = mean_interval(np.log(self[slow].samples) - np.log(self[fast].samples))
         mean, low, high = (float(np.exp(value)) for value in (logs.mean, logs.low, logs.high))
         return replace(logs, mean=mean, low=low, high=high, unit="×")
 

@@ -21,7 +21,7 @@ from course_lib.evidence.statistics import mean_interval
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["COLORS", "band", "draw_pareto", "heat_map", "pareto_front", "plot_curves", "plot_pareto", "plot_scores"]
+__all__ = ["COLORS", "band", "heat_map", "pareto_front", "plot_curves", "plot_pareto", "plot_scores"]
 __all__ += ["show", "show_source", "use_style"]
 
 _NAMES = "blue orange green vermillion purple sky black yellow grey"
@@ -115,19 +115,19 @@ def plot_curves(
         show(figure, alt=alt)
 
 
-def band(ax, x, samples, *, label: str | None = None, color: str | None = None, level: float = 0.95, **line):
-    """Draw the mean of ``samples`` [replicas ≥ 2, len(x)] over ``x`` and its t interval at ``level`` as a band."""
+def band(ax, x, samples, *, label: str | None = None, color: str | None = None, **line):
+    """Draw the mean of ``samples`` [replicas ≥ 2, len(x)] over ``x`` and its 95 % t interval as a band."""
     x, samples = np.asarray(x, dtype=float), np.asarray(samples, dtype=float)
     if samples.ndim != 2 or samples.shape[1] != len(x) or len(samples) < 2:
         raise ValueError(f"samples must have shape [replicas >= 2, {len(x)}], a column for each x; got {samples.shape}")
-    found = [mean_interval(column, level=level) for column in samples.T]
+    found = [mean_interval(column) for column in samples.T]
     (drawn,) = ax.plot(x, [i.mean for i in found], label=label, color=color, **line)
     low, high = [i.low for i in found], [i.high for i in found]
     ax.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
     return drawn
 
 
-def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) -> None:
+def heat_map(ax, values, rows, columns) -> None:
     """Draw ``values`` [len(rows), len(columns)] as coloured cells with their numbers, the largest marked by a star."""
     values = np.asarray(values, dtype=float)
     if values.shape != (len(rows), len(columns)):
@@ -135,9 +135,9 @@ def heat_map(ax, values, rows, columns, *, fmt: str = ".1f", best: bool = True) 
     ax.imshow(values, cmap="cividis", aspect="auto")
     middle = (values.min() + values.max()) / 2
     for place, value in np.ndenumerate(values):
-        star = " ★" if best and place == np.unravel_index(values.argmax(), values.shape) else ""
+        star = " ★" if place == np.unravel_index(values.argmax(), values.shape) else ""
         ink = "white" if value < middle else "black"
-        ax.text(place[1], place[0], f"{value:{fmt}}{star}", ha="center", va="center", color=ink)
+        ax.text(place[1], place[0], f"{value:.1f}{star}", ha="center", va="center", color=ink)
     ax.set_xticks(range(len(columns)), [f"{c:g}" if isinstance(c, float) else c for c in columns])
     ax.set_yticks(range(len(rows)), [f"{r:g}" if isinstance(r, float) else r for r in rows])
     ax.grid(False)
@@ -184,12 +184,12 @@ def plot_pareto(table: "pandas.DataFrame", costs: Mapping[str, str], *, alt: str
 
 def draw_pareto(
     ax, table: "pandas.DataFrame", cost: str, *, xlabel: str, ylabel: str = "test accuracy (%)", floor: float = -np.inf
-) -> np.ndarray:
+) -> None:
     """Draw the rows of ``table`` (see :func:`plot_pareto`): cost to the right (log), score upwards, the front as steps.
 
-    A dot is a mean over replicas, its bar the 95 % interval. What another point dominates is faint. The front, whose
-    mask is returned, is that of the means: whether a step of it is more than luck, a paired difference says. Scores
-    below ``floor`` are drawn there, with an arrow and their value: one bad model does not squeeze the good ones.
+    A dot is a mean over replicas, its bar the 95 % interval. What another point dominates is faint. The front is that
+    of the means: whether a step of it is more than luck, a paired difference says. Scores below ``floor`` are drawn
+    there, with an arrow and their value: one bad model does not squeeze the good ones.
     """
     faint, hues = 0.4, [color for name, color in COLORS.items() if name != "yellow"]
     costs = table[cost].to_numpy(dtype=float)
@@ -217,7 +217,6 @@ def draw_pareto(
             text = [str(table["label"].iloc[i])] if front[i] else []
             text += [f"↓ {means[i]:.0f}"] if means[i] < floor else []
             ax.annotate(" ".join(text), (costs[i], shown[i]), (5, -9), textcoords="offset points", fontsize=8)
-    return front
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Interval", "Verdict", "compare", "difference", "exactly", "mean", "mean_interval", "paired_difference"]
-__all__ += ["proportion_interval", "ratio", "ratio_interval"]
+__all__ += ["proportion_interval", "ratio"]
 
 RELATIONS = {">": operator.gt, "≥": operator.ge, "<": operator.lt, "≤": operator.le}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interval:
     """A mean with the interval that covers it at confidence ``level``, from ``n`` values (n = 1: an exact number).
 
@@ -44,10 +44,6 @@ class Interval:
         """Half the interval's length."""
         return (self.high - self.low) / 2
 
-    def excludes(self, value: float) -> bool:
-        """Whether ``value`` lies outside the interval."""
-        return not self.low <= value <= self.high
-
     def _judged(self, relation: str, bound: float) -> "Verdict":
         low, high = (RELATIONS[relation](end, bound) for end in (self.low, self.high))
         status = "held" if low and high else "undecided" if low or high else "not"
@@ -72,14 +68,11 @@ class Interval:
             return value + unit
         return f"{value} ± {scale * self.half_width:{spec.lstrip('+')}}{unit}"
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # what a cell that ends in an interval shows
         return format(self)
 
-    def _repr_pretty_(self, printer, cycle: bool) -> None:
-        printer.text(str(self))  # what a cell that ends in an interval shows
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """What an interval says of a bound: ``status`` is ``"held"``, ``"not"`` (all of it beyond) or ``"undecided"``.
 
@@ -105,10 +98,7 @@ class Verdict:
         """The intervals in words, such as ``"35.1 ± 5.5 points"``."""
         return ", ".join(str(interval) for interval, _, _ in self.parts)
 
-    def _repr_pretty_(self, printer, cycle: bool) -> None:
-        printer.text(str(self))
-
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.status}: " + ", ".join(f"{i} {relation} {bound:g}" for i, relation, bound in self.parts)
 
 
@@ -169,29 +159,6 @@ def proportion_interval(successes: int, trials: int, *, level: float = 0.95) -> 
     return Interval(successes / trials, float(found.low), float(found.high), level, trials)
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Fieller's interval (1954) of the ratio of two means whose values come in pairs, such as the share of a gap.
-
-    The ratio r is inside where the mean of ``numerators - r * denominators`` cannot be told from 0 at ``level``. It
-    needs no division of single pairs, of which one may have next to no gap; and it need not be symmetric. ValueError:
-    the mean of the denominators cannot be told from 0, so that any ratio fits; no pairs.
-
-    >>> interval = ratio_interval([3.0, 5.0, 4.0, 4.4], [4.0, 6.0, 5.0, 5.0])
-    >>> round(interval.mean, 2), round(interval.low, 2), round(interval.high, 2)
-    (0.82, 0.72, 0.89)
-    """
-    y, x = (_checked(values, level) for values in _pairs(numerators, denominators))
-    from scipy import stats
-
-    quantile = float(stats.t.ppf((1 + level) / 2, len(y) - 1))
-    (vy, vyx), (_, vx) = np.cov(np.stack([y, x])) / len(y) * quantile**2
-    a, b, c = x.mean() ** 2 - vx, y.mean() * x.mean() - vyx, y.mean() ** 2 - vy
-    if a <= 0:
-        raise ValueError(f"the denominators' mean {x.mean():.3g} cannot be told from 0 at {level:g}: any ratio fits")
-    half = float(math.sqrt(max(b**2 - a * c, 0.0)) / a)
-    return Interval(float(y.mean() / x.mean()), float(b / a) - half, float(b / a) + half, level, len(y))
-
-
 def mean(values: Sequence[float], unit: str = "%") -> Interval:
     """The mean of one score array, ``values`` [R], with its 95 % interval.
 
@@ -211,8 +178,25 @@ def difference(a: Sequence[float], b: Sequence[float], unit: str = "points") -> 
 
 
 def ratio(a: Sequence[float], b: Sequence[float], unit: str = "×") -> Interval:
-    """How many times as large the mean of ``a`` [R] is as that of ``b`` [R], with Fieller's 95 % interval."""
-    return replace(ratio_interval(a, b), unit=unit)
+    """How many times as large the mean of ``a`` [R] is as that of ``b`` [R], with Fieller's 95 % interval (1954).
+
+    The ratio r is inside where the mean of ``a - r * b`` cannot be told from 0. No single pair is divided, of which one
+    may have next to no gap; and the interval need not be symmetric. ValueError: the mean of ``b`` cannot be told from
+    0, so that any ratio fits; no pairs.
+
+    >>> str(ratio([3.0, 5.0, 4.0, 4.4], [4.0, 6.0, 5.0, 5.0]))
+    '0.82 ± 0.08×'
+    """
+    y, x = (_checked(values) for values in _pairs(a, b))
+    from scipy import stats
+
+    quantile = float(stats.t.ppf(0.975, len(y) - 1))
+    (vy, vyx), (_, vx) = np.cov(np.stack([y, x])) / len(y) * quantile**2
+    p, q, r = x.mean() ** 2 - vx, y.mean() * x.mean() - vyx, y.mean() ** 2 - vy
+    if p <= 0:
+        raise ValueError(f"the denominators' mean {x.mean():.3g} cannot be told from 0 at 0.95: any ratio fits")
+    half = float(math.sqrt(max(q**2 - p * r, 0.0)) / p)
+    return Interval(float(y.mean() / x.mean()), float(q / p) - half, float(q / p) + half, 0.95, len(y), unit)
 
 
 def exactly(value: float, unit: str = "") -> Interval:
@@ -266,7 +250,7 @@ def _pairs(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarr
     return first, second
 
 
-def _checked(values: Sequence[float], level: float) -> np.ndarray:
+def _checked(values: Sequence[float], level: float = 0.95) -> np.ndarray:
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1:
         raise ValueError(f"values must be a sequence of numbers, got an array of shape {data.shape}")

@@ -20,21 +20,21 @@ from course_lib.files import cache_folder, write_file
 __all__ = ["CompilerError", "compile_c", "compiler_command", "run_compiler"]
 
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror")
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
 
 
 class CompilerError(RuntimeError):
     """There is no compiler, or it refused the source; the message holds its own words."""
 
 
-def compiler_command(compiler: str | Sequence[str] | None = None) -> list[str]:
-    """The words that start a C compiler: the one named, else ``cc``, else the one of the Python package ziglang."""
-    words = [compiler] if isinstance(compiler, str) else list(compiler or ["cc"])
-    if found := shutil.which(words[0]):
-        return [str(Path(found).absolute()), *words[1:]]
-    if compiler is None and importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
+def compiler_command() -> list[str]:
+    """The words that start a C compiler: ``cc``, else the one of the Python package ziglang."""
+    if found := shutil.which("cc"):
+        return [str(Path(found).absolute())]
+    if importlib.util.find_spec("ziglang"):
+        return ZIG
     raise CompilerError(
-        f"there is no C compiler {words[0]!r} here: install one (gcc or clang), or the Python package ziglang, "
+        "there is no C compiler 'cc' here: install one (gcc or clang), or the Python package ziglang, "
         "which brings its own: pip install ziglang"
     )
 
@@ -81,22 +81,20 @@ def as_pixels(images, sizes: dict[str, int]) -> np.ndarray:
     return np.ascontiguousarray(images.reshape(len(images), sizes["PIXELS"]))
 
 
-def compile_c(
-    source: str, folder: str | Path, *, name: str = "predict", compiler: str | Sequence[str] | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
+def compile_c(source: str, folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """Compile a file of :func:`~course_lib.methods.c_source.c_source` and give its function back.
 
     What it returns takes grey levels uint8 [N, ...] and gives scores [N, K], uint8 (float32 from a float file). The
-    shared library stays in ``folder``. CompilerError: no compiler (``compiler``, or the first that is found), or its
-    message. ValueError: images of another size, or with levels that the table does not have.
+    shared library stays in ``folder``. CompilerError: no compiler, or its message. ValueError: images of another size,
+    or with levels that the table does not have.
     """
-    sizes, kind, command = sizes_of(source), score_type(source), compiler_command(compiler)
+    sizes, kind, command = sizes_of(source), score_type(source), compiler_command()
     windows = sys.platform == "win32"
     # A name of its own: a library that is loaded stays loaded under its name.
-    mark = hashlib.sha256((source + repr(command)).encode()).hexdigest()[:12]
-    target = Path(folder) / f"{name}-{mark}{'.dll' if windows else '.so'}"
+    mark = hashlib.sha256(source.encode()).hexdigest()[:12]
+    target = Path(folder) / f"predict-{mark}{'.dll' if windows else '.so'}"
     run_compiler(source, target, ["-O2", "-shared", *([] if windows else ["-fPIC"])], command)
-    function = ctypes.CDLL(str(target.absolute()))[name]
+    function = ctypes.CDLL(str(target.absolute())).predict
     function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
 
     def call(images) -> np.ndarray:

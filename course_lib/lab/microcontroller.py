@@ -5,16 +5,14 @@ Counted are bytes and instructions. How many ticks of its clock a core needs for
 """
 
 import importlib.util
-import re
 import struct
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from course_lib.lab.compile import CompilerError, as_pixels, compiler_command, run_compiler, score_type, sizes_of
+from course_lib.lab.compile import ZIG, CompilerError, as_pixels, run_compiler, score_type, sizes_of
 
 __all__ = ["BOARDS", "CORES", "Board", "BoardTooSmall", "Cost", "Program", "cross_compile", "missing_packages"]
 
@@ -90,21 +88,18 @@ def cross_compile(source: str, core: str = "Cortex-M0", optimize: str = "-Os") -
     if core not in CORES:
         raise ValueError(f"core must be one of {', '.join(CORES)}; got {core!r}")
     if missing := missing_packages():
-        raise CompilerError(
-            f"for microcontrollers {' and '.join(missing)} must be installed: pip install ziglang unicorn"
-        )
+        need = f"{' and '.join(missing)} must be installed: pip install ziglang unicorn"
+        raise CompilerError(f"for microcontrollers {need}")
     target, cpu = CORES[core]
-    name = re.findall(r"^void (\w+)\(", source, re.M)[-1]
-    flags = ["-target", target, f"-mcpu={cpu}", optimize, "-fno-unwind-tables", f"-Wl,-e,{name}"]
-    zig = compiler_command([sys.executable, "-m", "ziglang", "cc"])
+    flags = ["-target", target, f"-mcpu={cpu}", optimize, "-fno-unwind-tables", "-Wl,-e,predict"]
     with tempfile.TemporaryDirectory() as folder:
         elf = Path(folder, "program.elf")
         try:  # without the compiler's own library, which takes seconds to build when it is needed for the first time
-            run_compiler(source, elf, [*flags, "-nostdlib"], zig)
+            run_compiler(source, elf, [*flags, "-nostdlib"], ZIG)
         except CompilerError as error:
             if "undefined symbol" not in str(error):
                 raise
-            run_compiler(source, elf, flags, zig)
+            run_compiler(source, elf, flags, ZIG)
         return Program(elf.read_bytes(), source, core)
 
 
@@ -116,8 +111,7 @@ class Program:
     """
 
     def __init__(self, elf: bytes, source: str, core: str):
-        self.elf, self.core, self.sizes = elf, core, sizes_of(source)
-        self.kind = score_type(source)
+        self.core, self.sizes, self.kind = core, sizes_of(source), score_type(source)
         (self.entry, segments_at, sections_at) = struct.unpack_from("<3I", elf, 24)
         segments, sections = (struct.unpack_from("<H", elf, at)[0] for at in (44, 48))
         headers = [struct.unpack_from("<8I", elf, segments_at + 32 * i) for i in range(segments)]
@@ -164,7 +158,7 @@ class Program:
 
         pixels, (core, arm) = as_pixels(images, self.sizes), self._core()
         counted, lengths = [0], {}
-        scores, stack = np.zeros((len(pixels), self.sizes["SCORES"]), self.kind), 0
+        scores = np.zeros((len(pixels), self.sizes["SCORES"]), self.kind)
         answer = MAILBOX + self.sizes["PIXELS"] + -self.sizes["PIXELS"] % 4
 
         def block(core, address, size, _):
@@ -173,7 +167,6 @@ class Program:
             counted[0] += lengths[address, size]
 
         if count:
-            core.ctl_flush_tb()  # blocks translated earlier would not call the hook
             core.hook_add(uc.UC_HOOK_BLOCK, block)
         core.mem_write(STACK_TOP - STACK_SIZE, PAINT * STACK_SIZE)
         for image, out in zip(pixels, scores, strict=True):
@@ -188,8 +181,7 @@ class Program:
                 raise BoardTooSmall(f"the emulated core stopped ({error}): the program uses {need}") from error
             out[:] = np.frombuffer(bytes(core.mem_read(answer, out.nbytes)), self.kind)
         painted = bytes(core.mem_read(STACK_TOP - STACK_SIZE, STACK_SIZE))
-        stack = len(painted.lstrip(PAINT))
-        return scores, stack, round(counted[0] / max(len(pixels), 1))
+        return scores, len(painted.lstrip(PAINT)), round(counted[0] / max(len(pixels), 1))
 
 
 def count_instructions(code: bytes) -> int:

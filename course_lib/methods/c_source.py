@@ -188,8 +188,8 @@ def step_source(step, name: str, shape: tuple[int, ...]) -> tuple[Template | Non
     raise UnsupportedModel(f"{name!r} ({step}) cannot be written as C: {can}")
 
 
-def c_source(network: IntegerNetwork, input_shape: tuple[int, int, int], table: Tensor, name: str = "predict") -> str:
-    """One C99 file with ``void name(const uint8_t *image, uint8_t *scores)``: the network's own integers, bit by bit.
+def c_source(network: IntegerNetwork, input_shape: tuple[int, int, int], table: Tensor) -> str:
+    """One C99 file, ``void predict(const uint8_t *image, uint8_t *scores)``: the network's own integers, bit by bit.
 
     ``image`` holds the grey levels of one image, ``input_shape`` (C, H, W) in all, each an index into ``table``
     (uint8 [C, levels], see :func:`pixel_table`); ``scores`` are the integers of the logits on ``network.y_q``. Two
@@ -203,10 +203,7 @@ def c_source(network: IntegerNetwork, input_shape: tuple[int, int, int], table: 
     >>> "void predict(const uint8_t *image, uint8_t *scores)" in c_source(network, (1, 2, 2), table)
     True
     """
-    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise ValueError(f"name must be one that C allows (letters, digits and _), got {name!r}")
     shape = tuple(whole_number(n, "input_shape") for n in input_shape)
-    table = table.reshape(-1, table.shape[-1])
     if table.dtype != torch.uint8 or len(table) != shape[0]:
         raise ValueError(f"table must be uint8 [{shape[0]}, levels], got {table.dtype} {tuple(table.shape)}")
     pixels, tables, parts = math.prod(shape), [c_array("uint8_t", "pixel", table)], []
@@ -225,14 +222,14 @@ def c_source(network: IntegerNetwork, input_shape: tuple[int, int, int], table: 
             parts.append((template, known, title, math.prod(shape)))
     logit = f"(score - {int(network.y_q.zero_point)}) * {network.y_q.scale.item()}"
     head = HEADER.substitute(pixels=pixels, levels=table.shape[1], scores=math.prod(shape), logit=logit)
-    return "\n".join([head, REQUANTIZE, *tables, function_source(name, parts, "uint8_t")])
+    return "\n".join([head, REQUANTIZE, *tables, function_source(parts, "uint8_t")])
 
 
-def function_source(name: str, parts: list, kind: str) -> str:
-    """The function: each step reads one buffer and writes the other, the last one writes the scores."""
+def function_source(parts: list, kind: str) -> str:
+    """The function ``predict``: each step reads one buffer and writes the other, the last one writes the scores."""
     counts = [count for *_, count in parts[:-1]]
     sizes = {buffer: max(counts[start::2], default=0) for start, buffer in enumerate("ab")}
-    lines = [f"void {name}(const uint8_t *image, {kind} *scores)\n{{"]
+    lines = [f"void predict(const uint8_t *image, {kind} *scores)\n{{"]
     lines += [f"    static {kind} {buffer}[{size}];" for buffer, size in sizes.items() if size]
     for place, (template, known, title, _) in enumerate(parts):
         y = "scores" if place == len(parts) - 1 else "ab"[place % 2]
@@ -240,7 +237,7 @@ def function_source(name: str, parts: list, kind: str) -> str:
     return "\n".join([*lines, "}\n"])
 
 
-def float_c_source(model: nn.Sequential, mean: float, std: float, levels: int, name: str = "predict") -> str:
+def float_c_source(model: nn.Sequential, mean: float, std: float, levels: int) -> str:
     """The same file for a float MLP on images of one channel, to compare with: ``float *scores`` are the logits.
 
     ``model`` flattens, then has linear layers and ReLUs; UnsupportedModel: anything else.
@@ -260,4 +257,4 @@ def float_c_source(model: nn.Sequential, mean: float, std: float, levels: int, n
             tables.append("".join(c_array("float", f"{kind}{len(tables)}", value) for kind, value in values))
             parts.append((FLOAT_LINEAR, known, f"linear: {inputs} to {outputs}", outputs))
     head = HEADER.substitute(pixels=chain[0].in_features, levels=levels, scores=outputs, logit="a score")
-    return "\n".join([head, *tables, function_source(name, parts, "float")])
+    return "\n".join([head, *tables, function_source(parts, "float")])

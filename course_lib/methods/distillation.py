@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from course_lib.gate import copy_model, eval_mode, whole_number
+from course_lib.gate import copy_model, eval_mode
 from course_lib.methods.distillation_features import tap_features
 from course_lib.methods.temperature import check_float, check_number, readable_truth, widen
 
@@ -206,9 +206,8 @@ def _empty_frozen(module_class: type[nn.Module]) -> nn.Module:
 
 
 def teacher_table(
-    teacher: nn.Module | Sequence[nn.Module], images: Tensor | Sequence, *, layer: str | None = None,
-    batch_size: int = 1024,
-) -> Tensor:  # fmt: skip
+    teacher: nn.Module | Sequence[nn.Module], images: Tensor | Sequence, *, layer: str | None = None
+) -> Tensor:
     """A teacher's answers to a fixed transfer set, computed once, in eval mode: the student's epochs look them up.
 
     Right only where image i never changes: with random augmentation the teacher must see the same view as the student
@@ -225,8 +224,7 @@ def teacher_table(
     if len(each) != len(teachers) or not each or not all(map(len, each)):
         shapes = [tuple(part.shape) for part in each]
         raise ValueError(f"need images for each of {len(teachers)} teachers, got images of the shapes {shapes}")
-    size = whole_number(batch_size, "batch_size")
-    tables = [_answers(model, part.split(size), layer) for model, part in zip(teachers, each, strict=True)]
+    tables = [_answers(model, part.split(1024), layer) for model, part in zip(teachers, each, strict=True)]
     return tables[0] if isinstance(teacher, nn.Module) else torch.stack(tables)
 
 

@@ -175,13 +175,11 @@ class IntegerLayer:
 def integer_layer(
     layer: nn.Linear | nn.Conv2d, x_q: QuantParams, y_q: QuantParams, *, relu: bool, per_channel: bool
 ) -> IntegerLayer:
-    """An 8-bit layer from a float one, which may have no groups, dilation, or padding other than zeros in numbers."""
+    """An 8-bit layer from a float one, which may have no groups or dilation."""
     sizes = {}
     if isinstance(layer, nn.Conv2d):
-        numbers = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        if layer.groups != 1 or set(layer.dilation) != {1} or not numbers:
-            need = "groups=1, dilation=1, zero padding in numbers are needed"
-            raise UnsupportedModel(f"{layer} is not supported: {need}")
+        if layer.groups != 1 or set(layer.dilation) != {1}:
+            raise UnsupportedModel(f"{layer} is not supported: groups=1, dilation=1 are needed")
         sizes = {"stride": tuple(layer.stride), "padding": tuple(layer.padding)}
     bias = layer.bias.detach() if layer.bias is not None else torch.zeros(len(layer.weight))
     w_q = room_for_bias(layer.weight.detach(), bias, x_q, per_channel)
@@ -222,10 +220,20 @@ class IntegerNetwork:
         return dequantize(self.scores(images), self.y_q)
 
 
+def output_shape(network: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the answer to one image; ValueError if the network does not take images of ``input_shape``."""
+    try:
+        with torch.no_grad():
+            return tuple(network(torch.zeros(2, *input_shape)).shape[1:])
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the network does not take images of shape {tuple(input_shape)}: {error}") from error
+
+
 def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """What a chain does to an image when it is deployed: BatchNorm folded, Dropout and Identity left out, in float32.
 
-    UnsupportedModel: names a step that is no linear, convolution, ReLU, max-pooling or flatten layer.
+    UnsupportedModel: names a step that is no linear, convolution, ReLU, max-pooling or flatten layer, or a convolution
+    with padding other than zeros in numbers.
     """
     nothing = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
     steps = [(n, m) for n, m in fold_batchnorm(model).float()._modules.items() if not isinstance(m, nothing)]
@@ -234,6 +242,8 @@ def float_steps(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
         if not flat or type(module) not in (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten):
             known = "linear, convolution, BatchNorm, ReLU, max-pooling, flatten and dropout layers have one"
             raise UnsupportedModel(f"{name!r} ({module}) has no counterpart here: {known}")
+        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+            raise UnsupportedModel(f"{name!r} ({module}) is not supported: zero padding in numbers is needed")
     if not any(isinstance(module, (nn.Linear, nn.Conv2d)) for _, module in steps):
         raise UnsupportedModel("the model has no linear or convolution layer")
     return steps

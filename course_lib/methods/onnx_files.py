@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.files import write_file
-from course_lib.gate import UnsupportedModel, whole_number
-from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair, float_steps, integer_max_pool2d, pool_sizes
+from course_lib.gate import whole_number
+from course_lib.methods import integer
+from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair
 from course_lib.methods.quantization import QuantParams, choose_qparams, naming, quantize
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Graph:
         self.tip = "images"
 
     def constant(self, name: str, value: Tensor) -> str:
-        self.constants[name] = value.detach().cpu().numpy()
+        self.constants[name] = np.ascontiguousarray(value.detach().cpu())
         return name
 
     def add(self, kind: str, name: str, *inputs: str, **attributes) -> None:
@@ -69,8 +70,6 @@ class Graph:
         inputs = [weight] if bias is None else [weight, bias]
         if module.weight.dim() == 2:
             self.add("Gemm", name, *inputs, transB=1)
-        elif isinstance(module.padding, str) or getattr(module, "padding_mode", "zeros") != "zeros":
-            raise UnsupportedModel(f"{name!r} ({module}) is not supported: zero padding in numbers is needed")
         else:
             spread = {"group": module.groups, "dilations": module.dilation} if isinstance(module, nn.Conv2d) else {}
             self.add("Conv", name, *inputs, **window(module.weight.shape[2:], module.stride, module.padding), **spread)
@@ -81,19 +80,11 @@ class Graph:
         from onnx import TensorProto, helper, numpy_helper
 
         shape = tuple(whole_number(n, "input_shape", 1) for n in input_shape)
-        try:
-            with torch.no_grad():
-                answer = network(torch.zeros(2, *shape))
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(f"the network does not take images of shape {shape}: {error}") from error
+        ends = [("images", shape), ("logits", integer.output_shape(network, shape))]
+        given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *sizes]) for name, sizes in ends)
+        constants = [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
         self.nodes[-1].output[0] = "logits"
-        graph = helper.make_graph(
-            self.nodes,
-            "network",
-            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *shape])],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", *answer.shape[1:]])],
-            [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
-        )
+        graph = helper.make_graph(self.nodes, "network", [given], [made], constants)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         try:
@@ -111,7 +102,7 @@ def window(size: Pair, stride: Pair, padding: Pair) -> dict[str, list[int]]:
 
 # What a step without weights is called: of a float network, and of one in integers.
 STEPS = {nn.ReLU: "Relu", nn.MaxPool2d: "MaxPool", nn.Flatten: "Flatten"}
-STEPS |= {torch.clamp: "Relu", integer_max_pool2d: "MaxPool", torch.flatten: "Flatten"}
+STEPS |= {torch.clamp: "Relu", integer.integer_max_pool2d: "MaxPool", torch.flatten: "Flatten"}
 
 
 def add_step(graph: Graph, name: str, kind: str, sizes: dict) -> None:
@@ -146,11 +137,11 @@ def write_int4_onnx(
 
 def write_chain(model: nn.Sequential, path: Path, input_shape: tuple[int, ...], four_bits: dict) -> "onnx.ModelProto":
     """A float32 graph; given attributes ``four_bits``, linear layers are MatMulNBits nodes with those."""
-    graph, steps = Graph(), float_steps(model)
+    graph, steps = Graph(), integer.float_steps(model)
     for name, module in steps:
         if type(module) in STEPS:
             kind = STEPS[type(module)]
-            add_step(graph, name, kind, pool_sizes(name, module) if kind == "MaxPool" else {})
+            add_step(graph, name, kind, integer.pool_sizes(name, module) if kind == "MaxPool" else {})
         elif four_bits and isinstance(module, nn.Linear):
             with naming(name):
                 add_int4_layer(graph, name, module, four_bits)

@@ -61,16 +61,12 @@ def check_number(
     name: str, value: float | Tensor, *, most: float = math.inf, above_zero: bool = False
 ) -> float | Tensor:
     """A finite number from 0 (or above it) to ``most``, as a float or as a tensor without dimensions."""
-    if isinstance(value, Tensor) and value.dim() == 0:
-        fits = readable_truth((value > 0 if above_zero else value >= 0) & (value <= most) & value.isfinite())
-    elif isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dim() > 0:
         raise ValueError(f"{name} must be one number or a tensor without dimensions, got shape {tuple(value.shape)}")
-    elif isinstance(value, Real) and not isinstance(value, bool):
-        value = float(value)
-        fits = (value > 0 or (value == 0 and not above_zero)) and value <= most and value < math.inf
-    else:
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not fits:
+    value = value if isinstance(value, Tensor) else float(value)
+    if not readable_truth((value > 0 if above_zero else value >= 0) & (value <= most) & (value < math.inf)):
         span = "above 0" if above_zero else "of at least 0" if most == math.inf else f"in [0, {most:g}]"
         raise ValueError(f"{name} must be a finite number {span}, got {value:g}")
     return value
@@ -100,8 +96,8 @@ def widen(values: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize < 4 else values
 
 
-def readable_truth(condition: Tensor) -> bool:
-    """Truth of a boolean tensor; True where it cannot be read (inside ``vmap``, or on the meta device)."""
+def readable_truth(condition: Tensor | bool) -> bool:
+    """Truth of a condition; True where it cannot be read (inside ``vmap``, or on the meta device)."""
     try:
         return bool(condition)
     except RuntimeError:

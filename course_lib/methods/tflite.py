@@ -14,7 +14,7 @@ from torch import Tensor
 
 from course_lib.files import write_file
 from course_lib.gate import UnsupportedModel
-from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair, integer_max_pool2d
+from course_lib.methods.integer import IntegerLayer, IntegerNetwork, Pair, integer_max_pool2d, output_shape
 from course_lib.methods.quantization import QuantParams
 
 __all__ = ["write_tflite"]
@@ -37,29 +37,26 @@ class Tables:
     """What a ``.tflite`` file lists; ``tip`` is the number of the last tensor, ``shape`` its [N, H, W, C] or [N, I]."""
 
     def __init__(self, schema, shape: list[int], grid: QuantParams):
-        self.schema, self.tensors, self.operators, self.kinds = schema, [], [], []
+        self.schema, self.shape = schema, shape
+        self.tensors, self.operators, self.kinds = [], [], []
         self.buffers = [schema.BufferT()]  # number 0 is the empty one of all tensors that are computed
-        self.shape, self.tip = shape, None
         self.tip = self.values("images", grid)
 
-    def tensor(self, name: str, kind: str, shape, scale: Tensor, zero_point: Tensor) -> int:
+    def tensor(self, name: str, kind: str, shape, scale: Tensor, zero_point: Tensor, buffer: int = 0) -> int:
         """Add a tensor and return its number; one scale, or one an output channel (dimension 0)."""
-        made = self.schema.TensorT()
-        made.name, made.type, made.shape = name, getattr(self.schema.TensorType, kind), list(shape)
-        made.quantization = self.schema.QuantizationParametersT()
-        made.quantization.scale = scale.reshape(-1).tolist()
-        made.quantization.zeroPoint = zero_point.reshape(-1).tolist()
+        scales, zeros = scale.reshape(-1).tolist(), zero_point.reshape(-1).tolist()
+        grid = self.schema.QuantizationParametersT(scale=scales, zeroPoint=zeros)
+        number = getattr(self.schema.TensorType, kind)
+        made = self.schema.TensorT(name=name, type=number, shape=list(shape), quantization=grid, buffer=buffer)
         self.tensors.append(made)
         return len(self.tensors) - 1
 
     def constant(self, name: str, kind: str, data: Tensor, scale: Tensor) -> int:
         """A tensor with bytes of its own, zero point 0."""
-        number = self.tensor(name, kind, data.shape, scale, torch.zeros_like(scale).long())
-        self.tensors[number].buffer = len(self.buffers)
-        self.buffers.append(self.schema.BufferT())
-        numbers = data.contiguous().numpy()
-        self.buffers[-1].data = np.frombuffer(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes(), np.uint8)
-        return number
+        numbers = data.flatten().numpy()
+        data_bytes = numbers.astype(numbers.dtype.newbyteorder("<")).view(np.uint8)
+        self.buffers.append(self.schema.BufferT(data=data_bytes))
+        return self.tensor(name, kind, data.shape, scale, torch.zeros_like(scale).long(), len(self.buffers) - 1)
 
     def values(self, name: str, q: QuantParams) -> int:
         """A tensor of computed 8-bit values on the grid ``q``."""
@@ -69,24 +66,24 @@ class Tables:
         """An operator on the tip; its output, on the grid ``q``, becomes the tip."""
         if kind not in self.kinds:
             self.kinds.append(kind)
-        made, table = self.schema.OperatorT(), OPTIONS.get(kind)
-        made.opcodeIndex, made.inputs = self.kinds.index(kind), [self.tip, *constants]
+        made = self.schema.OperatorT(opcodeIndex=self.kinds.index(kind), inputs=[self.tip, *constants])
         self.tip = self.values(name, q)
         made.outputs = [self.tip]
-        if table:
+        if table := OPTIONS.get(kind):
             made.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
-            made.builtinOptions = getattr(self.schema, f"{table}T")()
-            vars(made.builtinOptions).update(options)
+            made.builtinOptions = getattr(self.schema, f"{table}T")(**options)
         self.operators.append(made)
 
     def window(self, name: str, size: Pair, stride: Pair, padding: Pair = (0, 0)) -> dict[str, int]:
         """Padding and strides of a window that slides over the tip; ``shape`` becomes that of its output."""
         height, width = self.shape[1:3]
-        after = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((height, width), size, stride, padding, strict=True)]
-        # SAME has its own rule: as many outputs as n / stride rounded up, the border split in two, the odd pixel last.
-        border = [max(0, (-(-n // s) - 1) * s + k - n) for n, k, s in zip((height, width), size, stride, strict=True)]
-        same = all(b == 2 * p for b, p in zip(border, padding, strict=True))
-        same &= after == [-(-n // s) for n, s in zip((height, width), stride, strict=True)]
+        same, after, border = True, [], []
+        for n, k, s, p in zip((height, width), size, stride, padding, strict=True):
+            after.append((n + 2 * p - k) // s + 1)
+            # SAME has its own rule: n / stride outputs, rounded up, the border split in two, the odd pixel last.
+            outputs = -(-n // s)
+            border.append(max(0, (outputs - 1) * s + k - n))
+            same &= border[-1] == 2 * p and after[-1] == outputs
         if any(padding) and not same:
             fits = f"LiteRT knows none, or 'same', which adds {border} in all, an odd pixel at the end"
             raise UnsupportedModel(f"{name!r}: a border of {padding} around {height}×{width} cannot be written: {fits}")
@@ -113,14 +110,13 @@ class Tables:
         """The whole file."""
         import flatbuffers
 
-        model, graph = self.schema.ModelT(), self.schema.SubGraphT()
-        graph.tensors, graph.operators, graph.inputs, graph.outputs = self.tensors, self.operators, [0], [self.tip]
-        model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], self.buffers, []
+        codes = []
         for kind in self.kinds:
-            code = self.schema.OperatorCodeT()
-            code.builtinCode = code.deprecatedBuiltinCode = getattr(self.schema.BuiltinOperator, kind)
-            code.version = VERSIONS.get(kind, 1)
-            model.operatorCodes.append(code)
+            code = getattr(self.schema.BuiltinOperator, kind)
+            versions = {"version": VERSIONS.get(kind, 1), "deprecatedBuiltinCode": code}
+            codes.append(self.schema.OperatorCodeT(builtinCode=code, **versions))
+        graph = self.schema.SubGraphT(self.tensors, [0], [self.tip], self.operators)
+        model = self.schema.ModelT(version=3, operatorCodes=codes, subgraphs=[graph], buffers=self.buffers)
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return bytes(builder.Output())
@@ -136,14 +132,10 @@ def write_tflite(network: IntegerNetwork, path: str | os.PathLike, input_shape: 
     try:
         from ai_edge_litert import schema_py_generated as schema
     except ImportError as error:
-        raise ImportError(
-            "writing .tflite files needs the package ai-edge-litert: pip install ai-edge-litert"
-        ) from error
+        need = "writing .tflite files needs the package ai-edge-litert: pip install ai-edge-litert"
+        raise ImportError(need) from error
     channels, height, width = input_shape
-    try:
-        network(torch.zeros(1, *input_shape))
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the network does not take images of shape {tuple(input_shape)}: {error}") from error
+    output_shape(network, input_shape)
     tables, grid, flattened = Tables(schema, [1, height, width, channels], network.x_q), network.x_q, None
     for name, step in network.steps:
         kind = getattr(step, "func", None)

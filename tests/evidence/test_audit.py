@@ -15,14 +15,6 @@ from course_lib.evidence.audit import (  # isort: skip
 )  # fmt: skip
 
 
-def population(replicas=8, images=120, classes=4, error=0.2, seed=0):
-    """Labels, and answers that are wrong independently."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(images) % classes
-    wrong = torch.rand(replicas, images, generator=g) < error
-    return torch.where(wrong, (labels + 1) % classes, labels.expand(replicas, -1)), labels
-
-
 def draw(replicas=6, images=80, classes=3, seed=0):
     return torch.randint(classes, (replicas, images), generator=torch.Generator().manual_seed(seed))
 
@@ -30,21 +22,14 @@ def draw(replicas=6, images=80, classes=3, seed=0):
 # Classes
 
 
-def test_recall_is_torchmetrics():
-    answers, labels = population()
-    for row, found in zip(answers, class_recall(answers, labels), strict=True):
-        wanted = multiclass_recall(row, labels, num_classes=4, average=None)
-        np.testing.assert_allclose(found, 100 * wanted.numpy(), rtol=1e-6)
-
-
-def test_each_replica_may_have_images_of_its_own():
+def test_recall_is_torchmetrics_also_with_images_of_its_own_for_each_replica():
     answers, labels = draw(5, 60, seed=1), draw(5, 60, seed=2)
     labels[0][labels[0] == 2] = 1
     found = class_recall(answers, labels)
-    assert np.isnan(found).sum() == 1
-    assert np.isnan(found[0, 2])
-    for r in range(1, 5):
-        assert found[r].tolist() == class_recall(answers[r : r + 1], labels[r])[0].tolist()
+    for row, own, shares in zip(answers, labels, found, strict=True):
+        wanted = 100 * multiclass_recall(row, own, num_classes=3, average=None)
+        np.testing.assert_allclose(shares, wanted.where(own.bincount(minlength=3) > 0, torch.nan), rtol=1e-6)
+    np.testing.assert_array_equal(class_recall(answers, labels[1])[1], found[1])  # one set for all
 
 
 # Answers
@@ -61,8 +46,6 @@ def test_churn_equals_a_loop():
         for kind in ("broken", "repaired", "otherwise"):
             assert found[kind][r] == pytest.approx(100 * kinds[kind] / 80)
         assert found["changed"][r] == pytest.approx(100 * sum(kinds.values()) / 80)
-    gained = (after == labels).double().mean(1) - (before == labels).double().mean(1)
-    np.testing.assert_allclose(found["repaired"] - found["broken"], 100 * gained.numpy(), atol=1e-9)
 
 
 def tops(column):
@@ -82,16 +65,14 @@ def test_exemplars_equal_a_loop_over_sets(replicas):
     found = find_exemplars(a, b, labels)
     for kind, rows in wanted.items():
         assert getattr(found, kind).tolist() == [i for _, i in sorted(rows)]
-    assert len(found) == sum(map(len, wanted.values())) > 0
-    other = find_exemplars(b.flip(0), a.flip(0), labels)
-    assert (other.broken.tolist(), other.repaired.tolist()) == (found.repaired.tolist(), found.broken.tolist())
-    assert len(find_exemplars(a, a, labels)) == 0
+    assert sum(map(len, wanted.values())) > 0
 
 
 def test_a_tie_that_holds_the_others_answer_is_no_exemplar():
     a = torch.tensor([[3], [3], [8], [8]])
     for other, count in (([8, 8, 8, 3], 0), ([3, 3, 3, 8], 0), ([5, 5, 5, 8], 1)):
-        assert len(find_exemplars(a, torch.tensor(other)[:, None], torch.tensor([3]))) == count
+        found = find_exemplars(a, torch.tensor(other)[:, None], torch.tensor([3]))
+        assert [len(kind) for kind in (found.broken, found.repaired, found.otherwise)] == [count, 0, 0]
 
 
 ANSWERS = draw(4, 5)
@@ -114,7 +95,7 @@ def test_bad_answers_are_refused_in_words(function, before, after, labels, text)
         function(before, after, labels)
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_exemplars_need_the_same_images():
     with pytest.raises(ValueError, match="the same images for all replicas"):
         find_exemplars(ANSWERS, ANSWERS, draw(4, 5, seed=9))
 
@@ -132,13 +113,12 @@ def test_noise_is_one_draw_amplified():
     images = torch.randn(200, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     models = [linear(torch.randn(3, 4, generator=torch.Generator().manual_seed(s))) for s in (2, 3)]
     splits = [SimpleNamespace(images=images, labels=m(images).argmax(1)) for m in models]
-    curve = noise_curve(models, splits, [0, 0.5, 50], seed=4)
-    assert curve.shape == (2, 3)
-    assert (curve[:, 0] == 100).all()
-    assert (curve[:, 1] < 100).all()
+    curve = noise_curve(models, splits, [0, 0.5], seed=4)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(4))
-    wanted = (models[1](images + 0.5 * noise).argmax(1) == splits[1].labels).double().mean() * 100
-    assert curve[1, 1] == pytest.approx(wanted.item())
+    for model, split, row in zip(models, splits, curve, strict=True):
+        share = (model(images + 0.5 * noise).argmax(1) == split.labels).double().mean().item()
+        assert row.tolist() == pytest.approx([100, 100 * share])
+    assert curve[:, 1].max() < 100
     assert noise_curve(models, splits[0], [0])[0, 0] == 100  # one split for all
     assert all(m.training for m in models)
     with pytest.raises(ValueError, match="zip"):
@@ -148,12 +128,8 @@ def test_noise_is_one_draw_amplified():
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (2, 1), (3, 2), (2, 2)])
 def test_occlusion_of_a_linear_model_by_a_loop(size, stride):
     g = torch.Generator().manual_seed(0)
-    images, weight, target = (
-        torch.randn(3, 2, 4, 5, generator=g),
-        torch.randn(4, 40, generator=g),
-        torch.tensor([0, 3, 1]),
-    )
-    model = linear(weight)
+    images, weight = torch.randn(3, 2, 4, 5, generator=g), torch.randn(4, 40, generator=g)
+    model, target = linear(weight), torch.tensor([0, 3, 1])
     dark = images.amin(dim=(0, 2, 3))
     tops = sorted({*range(0, 4 - size, stride), 4 - size})
     lefts = sorted({*range(0, 5 - size, stride), 5 - size})

@@ -25,8 +25,9 @@ def test_a_claim_stores_its_numbers_and_shows_itself():
 
 
 def test_an_undecided_claim_does_not_hold():
-    made = Ledger("07").claim("07.a", "It gains.", GAIN > 0)
+    made = Ledger("07").claim("07.a", "It gains.", GAIN > 0, expected="a gain (somebody 2015)")
     assert (made.holds, made.verdict, made.status) == (False, "undecided", "fails")
+    assert "Expected, not seen: a gain (somebody 2015)." in made._repr_mimebundle_()["text/html"]
     assert Ledger("07").claim("07.a", "It gains much.", GAIN > 9).verdict == "not"
 
 
@@ -61,15 +62,14 @@ def test_elsewhere_it_is_a_lesson(where):
 
 
 def test_hardware_that_is_not_there_does_not_fail():
-    made = Ledger("07").claim("07.v", "int8 is fast.", False, measured="0.9×", hardware="VNNI", here=False)
-    assert (made.status, made.note) == ("not here", "needs VNNI")
+    ledger, what = Ledger("07"), ("07.v", "int8 is fast.")
+    made = ledger.claim(*what, False, measured="0.9×", hardware="VNNI", here=False)
+    assert made.status == "not here"
     assert "0.9×; needs VNNI" in made._repr_mimebundle_()["text/html"]
-    assert Ledger("07").claim("07.v", "int8 is fast.", False, measured=1, hardware="VNNI").status == "fails"
-
-
-def test_what_was_expected_and_not_seen_is_said():
-    made = Ledger("07").claim("07.e", "It gains nothing.", GAIN < 9, expected="a gain (somebody 2015)")
-    assert "Expected, not seen: a gain (somebody 2015)." in made._repr_mimebundle_()["text/html"]
+    assert ledger.claim(*what, False, measured=1, hardware="VNNI").status == "fails"
+    made = ledger.claim("07.x", "Fewer.", exactly(float("nan")) < 1, hardware="a compiler", here=False)
+    assert (made.status, made.parts) == ("not here", ())
+    assert made._repr_mimebundle_()["text/plain"] == "– Fewer. (not measured here) [not measured; needs a compiler]"
 
 
 @pytest.mark.parametrize("truth", [True, np.bool_(True), torch.tensor(True)])
@@ -86,11 +86,3 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="an id and a sentence"):
         ledger.claim("07.c", " ", True, measured=1)
     assert ledger.claims == []
-
-
-def test_what_was_not_measured_is_neither_false_nor_a_number():
-    ledger = Ledger("07")
-    claim = ledger.claim("07.x", "Fewer.", exactly(float("nan")) < 1, hardware="a compiler", here=False)
-    assert claim.status == "not here"
-    assert claim.parts == ()
-    assert claim._repr_mimebundle_()["text/plain"] == "– Fewer. (not measured here) [not measured; needs a compiler]"

@@ -6,7 +6,6 @@ import pandas
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
-from matplotlib import colors
 from matplotlib import pyplot as plt
 
 from course_lib.evidence import plots
@@ -28,10 +27,6 @@ def shown(monkeypatch):
     bundles = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw=False: bundles.append(data))
     return bundles
-
-
-def test_colours_differ_in_lightness_or_hue_for_everybody():
-    assert len({colors.to_rgb(c) for c in plots.COLORS.values()}) == len(plots.COLORS) == 9
 
 
 def test_a_picture_carries_its_text_into_the_page(ax, shown):
@@ -56,11 +51,8 @@ def test_band_is_the_t_interval(ax):
     assert at_first.min() == pytest.approx(wanted.low)
     assert at_first.max() == pytest.approx(wanted.high)
     assert ax.lines[0].get_ydata() == pytest.approx(samples.mean(axis=0))
-
-
-def test_band_refuses_a_wrong_table(ax):
-    with pytest.raises(ValueError, match=r"replicas >= 2, 3\].*\(5, 4\)"):
-        plots.band(ax, [1, 2, 3], np.zeros((5, 4)))
+    with pytest.raises(ValueError, match=r"replicas >= 2, 2\].*\(5, 3\)"):
+        plots.band(ax, [1, 2], samples)
 
 
 def test_curves_have_a_line_each_and_a_legend(ax, shown):
@@ -97,16 +89,12 @@ def test_heat_map_marks_the_largest(ax):
 
 def loop(costs, gains):
     """Straight from the definition, one pair after another."""
-    front = []
-    for i in range(len(costs)):
-        beaten = False
-        for j in range(len(costs)):
-            no_worse = all(c <= d for c, d in zip(costs[j], costs[i], strict=True))
-            no_worse = no_worse and all(g >= h for g, h in zip(gains[j], gains[i], strict=True))
-            differs = list(costs[j]) != list(costs[i]) or list(gains[j]) != list(gains[i])
-            beaten = beaten or (no_worse and differs)
-        front.append(not beaten)
-    return front
+
+    def beats(j, i):
+        no_worse = all(costs[j] <= costs[i]) and all(gains[j] >= gains[i])
+        return no_worse and (any(costs[j] != costs[i]) or any(gains[j] != gains[i]))
+
+    return [not any(beats(j, i) for j in range(len(costs))) for i in range(len(costs))]
 
 
 @pytest.mark.parametrize(("c", "g"), [(1, 1), (2, 1), (1, 2), (3, 2)])
@@ -114,11 +102,10 @@ def loop(costs, gains):
 def test_front_equals_a_loop_with_ties_and_duplicates(c, g, levels):
     r = np.random.default_rng(levels)
     costs, gains = r.integers(levels, size=(60, c)), r.integers(levels, size=(60, g))
-    assert pareto_front(costs, gains).tolist() == loop(costs.tolist(), gains.tolist())
+    assert pareto_front(costs, gains).tolist() == loop(costs, gains)
 
 
-def test_duplicates_stand_or_fall_together_and_infinity_is_a_cost():
-    assert pareto_front([1, 1, 2, 2], [5, 5, 4, 4]).tolist() == [True, True, False, False]
+def test_infinity_is_a_cost_and_one_point_is_a_front():
     assert pareto_front([math.inf, 1], [9, 8]).tolist() == [True, True]
     assert pareto_front(torch.tensor([3]), [1]).tolist() == [True]
 
@@ -128,7 +115,6 @@ def test_duplicates_stand_or_fall_together_and_infinity_is_a_cost():
     [
         ([], [], r"the same points \[P\] or \[P, C\], got \(0,\), \(0,\)"),
         ([1, 2], [1], r"got \(2,\), \(1,\)"),
-        ([1, math.nan], [1, 2], "must not be NaN"),
         ([1, 2], [[1, 2], [math.nan, 1]], "must not be NaN"),
         (1.0, 2.0, r"got \(\), \(\)"),
         (np.zeros((2, 2, 2)), [1, 2], r"got \(2, 2, 2\)"),
@@ -139,20 +125,17 @@ def test_bad_points_are_refused_in_words(costs, gains, text):
         pareto_front(costs, gains)
 
 
-TABLE = pandas.DataFrame(
-    {
-        "family": ["dense", "pruned", "pruned", "small"],
-        "label": ["", "90 %", "50 %", "8"],
-        "score": [[97.0, 98.0], [96.0, 97.0], [95.0, 96.0], [20.0, 30.0]],
-        "bytes": [1000, 100, 500, 10],
-        "macs": [1000, 1000, 1000, 10],
-    }
-)
+ROWS = [
+    ("dense", "", [97.0, 98.0], 1000, 1000),
+    ("pruned", "90 %", [96.0, 97.0], 100, 1000),
+    ("pruned", "50 %", [95.0, 96.0], 500, 1000),
+    ("small", "8", [20.0, 30.0], 10, 10),
+]
+TABLE = pandas.DataFrame(ROWS, columns=["family", "label", "score", "bytes", "macs"])
 
 
-def test_a_figure_shows_means_intervals_and_the_front():
-    figure, ax = plt.subplots()
-    assert draw_pareto(ax, TABLE, "bytes", xlabel="bytes").tolist() == [True, True, False, True]
+def test_a_figure_shows_means_intervals_and_the_front(ax):
+    draw_pareto(ax, TABLE, "bytes", xlabel="bytes")
     (front,) = [line for line in ax.lines if line.get_label() == "front of the means"]
     assert front.get_xdata().tolist() == [10, 100, 1000, 1300]
     assert front.get_ydata().tolist() == [25, 96.5, 97.5, 97.5]
@@ -163,23 +146,25 @@ def test_a_figure_shows_means_intervals_and_the_front():
     points = {tuple(line.get_xdata()): line.get_alpha() for line in ax.lines if len(line.get_xdata()) == 1}
     assert points[(500,)] < points[(100,)] == 1.0
     assert ax.get_xscale() == "log"
-    plt.close(figure)
 
 
-def test_what_lies_below_the_floor_is_drawn_there_with_its_value():
-    figure, ax = plt.subplots()
+def test_what_lies_below_the_floor_is_drawn_there_with_its_value(ax):
     draw_pareto(ax, TABLE, "bytes", xlabel="bytes", floor=90)
     assert "8 ↓ 25" in [t.get_text() for t in ax.texts]
     assert min(float(np.min(line.get_ydata())) for line in ax.lines if len(line.get_ydata())) == 90
-    plt.close(figure)
     with pytest.raises(ValueError, match="bytes must be finite and above 0"):
         draw_pareto(ax, TABLE.assign(bytes=0), "bytes", xlabel="")
 
 
+def test_sixteen_families_can_be_told_apart(ax):
+    rows = [(f"family {i}", "", [90.0, 91.0], 10 + i) for i in range(16)]
+    draw_pareto(ax, pandas.DataFrame(rows, columns=["family", "label", "score", "bytes"]), "bytes", xlabel="bytes")
+    lines = [line for line in ax.lines if str(line.get_label()).startswith("family")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 16
+
+
 def test_panels_share_a_legend(capsys):
-    plot_pareto(
-        TABLE, {"bytes": "bytes of the file", "macs": "MACs"}, alt="Four models by bytes and by MACs.", floor=90
-    )
+    plot_pareto(TABLE, {"bytes": "bytes", "macs": "MACs"}, alt="Four models by bytes and by MACs.", floor=90)
     assert "Four models by bytes" in capsys.readouterr().out
     assert not plt.get_fignums()
 
@@ -202,9 +187,8 @@ def example(x):
 
 def test_the_source_comes_without_docstrings():
     shown = show_source(example)
-    assert str(shown) == (
-        'def example(x):\n    def inner():\n        return "but this"\n\n    return inner() + x  # and this'
-    )
+    body = '    def inner():\n        return "but this"\n\n    return inner() + x  # and this'
+    assert str(shown) == f"def example(x):\n{body}"
     data, _ = DisplayFormatter().format(shown)
     assert data["text/markdown"] == f"```python\n{shown}\n```"
     assert data["text/plain"] == str(shown)

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,8 +52,8 @@ def value_and_grad(loss, student):
 
 
 def assert_same(ours, theirs, student, **tolerance):
-    for a, b in zip(value_and_grad(ours, student), value_and_grad(theirs, student), strict=True):
-        torch.testing.assert_close(a, b, **tolerance or {"rtol": 1e-9, "atol": 1e-12})
+    pair = value_and_grad(ours, student), value_and_grad(theirs, student)
+    torch.testing.assert_close(*pair, **tolerance or {"rtol": 1e-9, "atol": 1e-12})
 
 
 # --- the formula
@@ -70,24 +71,16 @@ def test_value_and_gradient_equal_torchs_kl_div(temperature, alpha):
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_the_two_ends_of_alpha_are_exact_bit_for_bit(as_tensor):
+def test_terms_are_unweighted_and_the_two_ends_of_alpha_exact_bit_for_bit(as_tensor):
     student, teacher, labels = make(dtype=torch.float32)
-    ends = {0.0: F.cross_entropy(student, labels), 1.0: soft_target_loss(student, teacher, temperature=4.0)}
-    for alpha, expected in ends.items():
+    hard, soft = F.cross_entropy(student, labels), soft_target_loss(student, teacher, temperature=4.0)
+    for alpha, expected in {0.0: hard, 0.3: 0.7 * hard + 0.3 * soft, 1.0: soft}.items():
         given = torch.tensor(alpha) if as_tensor else alpha
-        ours = kd_loss(student, teacher, labels, temperature=4.0, alpha=given)
-        for a, b in zip(value_and_grad(ours, student), value_and_grad(expected, student), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_terms_are_unweighted_and_there_at_both_ends():
-    student, teacher, labels = make()
-    for alpha in (0.0, 0.3, 1.0):
-        terms = kd_terms(student, teacher, labels, temperature=3.0, alpha=alpha)
+        terms = kd_terms(student, teacher, labels, temperature=4.0, alpha=given)
         assert list(terms) == ["loss", "ce", "soft"]
-        assert terms["loss"] == kd_loss(student, teacher, labels, temperature=3.0, alpha=alpha)
-        torch.testing.assert_close(terms["ce"], F.cross_entropy(student, labels))
-        torch.testing.assert_close(terms["soft"], reference_soft(student, teacher, 3.0))
+        assert (terms["ce"], terms["soft"]) == (hard, soft)
+        for ours in (terms["loss"], kd_loss(student, teacher, labels, temperature=4.0, alpha=given)):
+            assert_same(ours, expected, student, rtol=0, atol=0 if alpha in (0, 1) else 1e-6)
 
 
 def test_t_squared_keeps_the_gradient_and_the_limit_is_matching_logits():
@@ -147,10 +140,9 @@ def test_leading_dimensions_are_images_too():
 def test_a_class_that_both_rule_out_costs_nothing(gone):
     student, teacher, labels = make()
     labels = labels % 9
-    masked_student = torch.cat([student[:, :9], torch.full((16, 1), gone, dtype=torch.float64)], dim=1)
-    masked_teacher = torch.cat([teacher[:, :9], torch.full((16, 1), gone, dtype=torch.float64)], dim=1)
+    masked = (F.pad(z[:, :9], (0, 1), value=gone) for z in (student, teacher))
     plain = all_losses(student[:, :9], teacher[:, :9], labels)
-    for name, loss in all_losses(masked_student, masked_teacher, labels).items():
+    for name, loss in all_losses(*masked, labels).items():
         assert_same(loss, plain[name], student)
 
 
@@ -161,8 +153,7 @@ def test_what_only_one_rules_out():
     assert kd_loss(masked, z, torch.tensor([0]), temperature=1.0, alpha=0) == 0  # and not 0 · ∞
     sure = torch.tensor([[1.0, -math.inf, -math.inf]], requires_grad=True)
     value, grad = value_and_grad(all_losses(sure, sure.detach(), torch.tensor([0]))["decoupled"], sure)
-    assert value == 0
-    assert not grad.any()
+    assert (value, grad.any()) == (0, False)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -170,10 +161,12 @@ def test_logits_of_ten_thousand_stay_finite_in_float32(temperature):
     student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]], requires_grad=True)
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, -1e4]])
     labels = torch.tensor([1, 0])
-    losses = all_losses(student, teacher, labels, temperature)
-    assert all(g.isfinite().all() for loss in losses.values() for g in value_and_grad(loss, student))
-    exact = reference_kd(student.double(), teacher.double(), labels, temperature, 0.5)
-    assert losses["kd"].item() == pytest.approx(exact.item(), rel=1e-6)
+    wide = student.detach().double().requires_grad_()
+    exact = all_losses(wide, teacher.double(), labels, temperature)
+    for name, loss in all_losses(student, teacher, labels, temperature).items():
+        value, grad = value_and_grad(loss, student)
+        assert grad.isfinite().all()
+        assert value.item() == pytest.approx(exact[name].item(), rel=1e-6)
 
 
 def test_every_loss_runs_under_vmap_with_a_setting_a_replica():
@@ -203,8 +196,7 @@ def test_with_some_labels_unknown_the_hard_term_is_the_mean_over_the_known(alpha
         assert_same(ours, expected, student)
     nothing = torch.zeros(16, dtype=torch.bool)
     value, grad = value_and_grad(kd_loss(student, teacher, labels, temperature=2, alpha=0, labelled=nothing), student)
-    assert value == 0
-    assert not grad.any()
+    assert (value, grad.any()) == (0, False)
 
 
 # --- what is turned down
@@ -221,7 +213,6 @@ def test_with_some_labels_unknown_the_hard_term_is_the_mean_over_the_known(alpha
         ({"student": torch.zeros(16, 10).long()}, TypeError, "student_logits must be a floating-point"),
         ({"student": torch.zeros(0, 10), "teacher": torch.zeros(0, 10)}, ValueError, "empty batch"),
         ({"labels": torch.full((16,), 10)}, ValueError, "0 to 9 for 10 classes, got 10 to 10"),
-        ({"labels": torch.full((16,), -1)}, ValueError, "got -1 to -1"),
         ({"labels": torch.full((16,), -100)}, ValueError, "got -100 to -100"),  # torch would ignore these
         ({"labels": torch.zeros(16)}, TypeError, "int64 tensor.* got dtype torch.float32"),
         ({"labels": torch.zeros(15).long()}, ValueError, r"shape \(16,\) to fit logits \(16, 10\), got \(15,\)"),
@@ -257,31 +248,25 @@ def make_teacher():
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
 
 
-class Holder(nn.Module):
-    def __init__(self, teacher):
-        super().__init__()
-        self.teacher, self.own = teacher, nn.Linear(4, 3)
-
-
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")], ids=["plain", "compiled"])
 def test_a_frozen_teacher_stays_in_eval_mode_and_gives_no_gradient(wrap):
     teacher = make_teacher()
     x = torch.randn(16, 4, requires_grad=True)
     expected = copy.deepcopy(teacher).eval()(x).detach()
     expert = frozen(wrap(teacher))
-    Holder(expert).train()
+    nn.Sequential(expert).train()
     assert expert.train() is expert
     assert not any(module.training for module in expert.modules())
-    running = expert.state_dict()
+    before = copy.deepcopy(expert.state_dict())
     for module in [*expert.modules()][::-1]:  # each part by itself, and by its flag
         module.train()
         module.training = True
-    Holder(expert).requires_grad_(True)
+    nn.Sequential(expert).requires_grad_(True)
     expert.requires_grad_(True)
     answer = expert(x)
     assert not answer.requires_grad
     assert torch.equal(answer, expected)
-    assert all(torch.equal(a, b) for a, b in zip(running.values(), expert.state_dict().values(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in expert.state_dict().items())
 
 
 def test_the_original_stays_as_it_was_and_shares_nothing():
@@ -289,27 +274,23 @@ def test_the_original_stays_as_it_was_and_shares_nothing():
     before = copy.deepcopy(teacher.state_dict())
     expert = frozen(teacher)
     assert teacher.training
-    assert all(p.requires_grad for p in teacher.parameters())
-    assert not any(p.requires_grad for p in expert.parameters())
-    assert not any(p.requires_grad for p in expert.requires_grad_(True).parameters())
     assert type(teacher) is nn.Sequential
-    teacher(torch.randn(8, 4)).sum().backward()
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert not any(p.requires_grad for p in expert.requires_grad_(True).parameters())
     with torch.no_grad():
+        teacher(torch.randn(8, 4))  # moves BatchNorm's statistics
         teacher[0].weight.zero_()
-    for (name, old), value in zip(before.items(), expert.state_dict().values(), strict=True):
-        assert torch.equal(value, old), name
+    assert all(torch.equal(value, before[name]) for name, value in expert.state_dict().items())
 
 
 def test_it_keeps_its_class_and_survives_copies_and_pickles():
-    expert = frozen(make_teacher())
-    x = torch.randn(3, 4)
-    twice, copied, pickled = frozen(expert), copy.deepcopy(expert), pickle.loads(pickle.dumps(expert))
-    for one in (expert, twice, copied, pickled):
+    expert, x = frozen(make_teacher()), torch.randn(3, 4)
+    for one in (frozen(expert), copy.deepcopy(expert), pickle.loads(pickle.dumps(expert))):
+        assert type(one) is type(expert)
         assert isinstance(one, nn.Sequential)
         assert one.train().training is False
         assert torch.equal(one(x), expert(x))
-    assert type(twice) is type(expert)
-    assert copied[0].weight.data_ptr() != expert[0].weight.data_ptr()
+        assert one[0].weight.data_ptr() != expert[0].weight.data_ptr()
 
 
 def test_what_cannot_be_frozen_says_so():
@@ -323,24 +304,19 @@ def test_what_cannot_be_frozen_says_so():
         frozen(torch.jit.script(nn.Linear(2, 2)))
 
 
-def test_a_table_holds_the_answers_of_eval_mode_whatever_the_batch_size():
-    teachers, images = [make_teacher(), make_teacher().eval()], [torch.randn(11, 4), torch.randn(11, 4)]
+def test_a_table_holds_the_answers_of_eval_mode_to_all_images():
+    teachers, images = [make_teacher(), make_teacher().eval()], [torch.randn(1100, 4), torch.randn(1100, 4)]
     teachers[0](images[0])
     expected = torch.stack([frozen(t)(x) for t, x in zip(teachers, images, strict=True)])
-    for batch_size in (1, 4, 11, 1024):
-        table = teacher_table(teachers, images, batch_size=batch_size)
+    splits = [SimpleNamespace(images=x) for x in images]
+    for given in (images, splits):
+        table = teacher_table(teachers, given)
         torch.testing.assert_close(table, expected)
         assert not table.requires_grad
     assert [t.training for t in teachers] == [True, False]
-
-    class Split:
-        def __init__(self, images):
-            self.images = images
-
-    torch.testing.assert_close(teacher_table(teachers, [Split(x) for x in images]), expected)
-    torch.testing.assert_close(teacher_table(teachers, Split(images[0]))[0], expected[0])
+    torch.testing.assert_close(teacher_table(teachers, splits[0])[0], expected[0])
     torch.testing.assert_close(teacher_table(teachers[0], images[0]), expected[0])
-    hidden = teacher_table(teachers[0], images[0], layer="2", batch_size=4)
+    hidden = teacher_table(teachers[0], images[0], layer="2")
     torch.testing.assert_close(hidden, frozen(teachers[0])[:3](images[0]))
     assert not any(module._forward_hooks for module in teachers[0].modules())
 
@@ -350,7 +326,3 @@ def test_a_table_needs_images_for_each_teacher():
     for given in ((teacher, images[:0]), ([teacher], [images] * 2), ([], images), ([teacher], [])):
         with pytest.raises(ValueError, match="need images for each of"):
             teacher_table(*given)
-    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
-        teacher_table(teacher, images, batch_size=0)
-    with pytest.raises(ValueError, match="no layer 'nine'"):
-        teacher_table(teacher, images, layer="nine")
