@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from course_lib.lab.download import DataError, RawData, obtain
+from course_lib.lab.download import DataError, obtain
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CIFAR_NAMES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
@@ -141,15 +141,11 @@ BATCHES = cifar_files()
 TAR = tar_gz(BATCHES)
 
 
-def load(root, name="mnist", **options) -> RawData:
-    return obtain(name, root, **options)
-
-
 def refused(root, *says, name="mnist", **options):
     """The error's text, once it is sure that the one error came and nothing below the root has changed."""
     before = listing(root) if root.is_dir() else None
     with pytest.raises(DataError) as caught:
-        load(root, name, **options)
+        obtain(name, root, **options)
     text = str(caught.value)
     for piece in says:
         assert re.search(piece, text), f"{piece!r} is not in: {text}"
