@@ -90,19 +90,14 @@ def test_official_test_set_stays_test_and_a_tenth_of_train_is_validation(mnist):
     assert [len(part) for part in (data.train, data.val, data.test)] == [180, 20, 30]
     assert data.input_shape == (1, 28, 28)
     assert torch.bincount(data.val.labels).tolist() == [2] * 10
-    arrays = idx_arrays(train=200, test=30)
-    images, labels = arrays["t10k-images-idx3-ubyte"], arrays["t10k-labels-idx1-ubyte"]
-    np.testing.assert_array_equal(np.array(rows(data.test, data)), images.reshape(30, -1))
-    assert data.test.labels.tolist() == labels.tolist()
-    source = {
-        tuple(image.ravel().tolist()): int(label)
-        for image, label in zip(arrays["train-images-idx3-ubyte"], arrays["train-labels-idx1-ubyte"], strict=True)
-    }
+    images, labels, test_images, test_labels = idx_arrays(train=200, test=30).values()
+    np.testing.assert_array_equal(np.array(rows(data.test, data)), test_images.reshape(30, -1))
+    assert data.test.labels.tolist() == test_labels.tolist()
+    source = dict(zip(map(tuple, images.reshape(200, -1).tolist()), labels.tolist(), strict=True))
     train, val = rows(data.train, data), rows(data.val, data)
     assert set(train).isdisjoint(val)
     assert set(train) | set(val) == set(source)
-    assert [source[row] for row in train] == data.train.labels.tolist()
-    assert [source[row] for row in val] == data.val.labels.tolist()
+    assert [source[row] for row in train + val] == [*data.train.labels.tolist(), *data.val.labels.tolist()]
 
 
 def test_channels_are_normalised_one_by_one(tmp_path):

@@ -46,8 +46,7 @@ def test_a_cluster_measures_a_grid(client, tmp_path):
 
 
 def test_a_cluster_takes_functions_without_a_name(client):
-    base = 100
-    frame = run_study(make_grid({"m": [1]}, range(3)), client.get_executor(), work=lambda t: {"x": base + t.seed})
+    frame = run_study(make_grid({"m": [1]}, range(3)), client.get_executor(), work=lambda t: {"x": 100 + t.seed})
     assert frame.x.tolist() == [100, 101, 102]
 
 
