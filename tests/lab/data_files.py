@@ -91,7 +91,7 @@ class Mirror:
 
     def __init__(self, files: dict[str, bytes]):
         self.files, self.fetched = files, Counter()
-        self.first, self.gate = threading.Event(), threading.Event()  # a request came; answers may go out
+        self.gate = threading.Event()  # answers may go out
         self.gate.set()
         self.cut: set[str] = set()  # paths whose body stops half-way
         mirror = self
@@ -102,7 +102,6 @@ class Mirror:
                 # torchvision first asks where a redirect leads, with a GET that it labels as HEAD.
                 if self.headers.get("Method") != "HEAD":
                     mirror.fetched[path] += 1
-                mirror.first.set()
                 mirror.gate.wait(30)
                 body = mirror.files.get(path)
                 with contextlib.suppress(OSError):
