@@ -42,8 +42,9 @@ def test_equals_a_plain_adamw_loop(few, schedule):
         optimizer.step()
     torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-5, atol=1e-6)
     first, second = (torch.cat(order).tolist() for order in orders)
-    assert sorted(first) == sorted(second) == list(range(130))
-    assert first != second
+    assert sorted(first) == list(range(130))
+    # Stored lessons depend on this order.
+    assert second == torch.randperm(130, generator=torch.Generator().manual_seed(3 * 1_000_003 + 1)).tolist() != first
 
 
 def test_only_the_model_and_what_is_trainable_changes(few):
