@@ -114,6 +114,7 @@ def test_a_last_image_that_is_left_over_joins_the_batch_before(few):
     history = fit(net, few.subset(range(129)), TrainConfig(epochs=1, batch_size=64))
     assert history.steps == TrainConfig(epochs=1, batch_size=64).steps(129) == 2
     assert [len(b) for b in epoch_batches(129, 64, 0, 0)] == [64, 65]
+    assert [len(b) for b in epoch_batches(65, 64, 0, 0)] == [65]
     assert [len(b) for b in epoch_batches(3, 1, 0, 0)] == [1, 1, 1]
     with pytest.raises(ValueError, match=r"batch of 1: use a batch_size of at least 2"):
         fit(net, few, TrainConfig(epochs=1, batch_size=1))
