@@ -45,7 +45,8 @@ def save_checkpoint(path: str | Path, models: Models) -> Path:
     """Write the weights and buffers of one model or of several replicas; an ``OSError`` names the file."""
     from safetensors.torch import save
 
-    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named(models).items()})
+    state = _group(models).state_dict()
+    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     path = write_file(path, data)
     write_file(f"{path}.sha256", f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
     return path
@@ -63,11 +64,11 @@ def load_checkpoint(path: str | Path, models: Models) -> None:
         tensors = load(data)
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read with its digest: {error}") from error
-    wanted, given = ({n: tuple(t.shape) for n, t in group.items()} for group in (_named(models), tensors))
+    group = _group(models)
+    wanted, given = ({n: t.shape for n, t in state.items()} for state in (group.state_dict(), tensors))
     if differ := sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name)):
         raise CheckpointError(f"{path}: does not fit the model, differing at {', '.join(differ[:5])}")
-    for r, model in enumerate(_listed(models)):
-        model.load_state_dict({name: tensors[f"{r}/{name}"] for name in model.state_dict()})
+    group.load_state_dict(tensors)
 
 
 def train_or_load(
@@ -146,9 +147,5 @@ def stable_content(value: object, where: str) -> object:
     raise TypeError(f"{where}: {given}; give its name or numbers")
 
 
-def _listed(models: Models) -> list[nn.Module]:
-    return [models] if isinstance(models, nn.Module) else list(models)
-
-
-def _named(models: Models) -> dict[str, Tensor]:
-    return {f"{r}/{name}": tensor for r, m in enumerate(_listed(models)) for name, tensor in m.state_dict().items()}
+def _group(models: Models) -> nn.ModuleList:
+    return nn.ModuleList([models] if isinstance(models, nn.Module) else models)

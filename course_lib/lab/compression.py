@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import course_lib
 from course_lib.evidence.measure import count_macs
 from course_lib.files import source_hash
-from course_lib.gate import share_of, weight_layers, whole_number
+from course_lib.gate import weight_layers
 from course_lib.lab.checkpoints import train_or_load
 from course_lib.lab.data import DataSplits, Split, Splits
 from course_lib.lab.lesson import Lesson
@@ -63,11 +63,6 @@ class Recipe:
     prune: TrainConfig = field(default=TrainConfig(epochs=15, batch_size=32, schedule="constant"))
     settle: TrainConfig = field(default=TrainConfig(epochs=15, batch_size=32))
     share: TrainConfig = field(default=TrainConfig(epochs=6, batch_size=32, lr=1e-3))
-
-    def __post_init__(self):
-        share_of(self.sparsity, "sparsity")
-        for name in ("bits", "bias_bits"):
-            whole_number(getattr(self, name), name, 1, 8)
 
 
 def prune_gradually(models: Models, data, seeds: Sequence[int], recipe: Recipe, **options) -> Models:
@@ -160,20 +155,21 @@ def layer_table(stages: Mapping[str, Stage]) -> "pandas.DataFrame":
     rows = {}
     for name in prunable_weights(networks[0]):
         weights = [network.get_parameter(name).detach() for network in networks]
-        count, kept = weights[0].numel(), np.mean([int(w.count_nonzero()) for w in weights])
-        values = np.mean([len(w[w != 0].unique()) for w in weights])
-        row = {"weights": count, "kept": kept / count, "values": values}
+        row = {"weights": weights[0].numel(), "kept": np.mean([int(w.count_nonzero()) for w in weights])}
+        row["values"] = np.mean([len(w[w != 0].unique()) for w in weights])
         for stage in coded:
-            size = np.mean([e.stored_bytes for held in stages[stage].contents for e in held if e.name == name])
-            row |= {f"bits {stage}": 8 * size / max(kept, 1), f"× {stage}": 4 * count / size}
+            row[stage] = np.mean([e.stored_bytes for held in stages[stage].contents for e in held if e.name == name])
         rows[name.removesuffix(".weight")] = row
-    count = sum(row["weights"] for row in rows.values())
-    kept = sum(row["weights"] * row["kept"] for row in rows.values())
-    whole = {"weights": count, "kept": kept / count, "values": sum(row["values"] for row in rows.values())}
+    table = pandas.DataFrame.from_dict(rows, orient="index")
+    table.loc["whole file"] = table.sum()
+    before = 4 * table.weights
+    before["whole file"] = stages["dense"].sizes.mean()
     for stage in coded:
-        size = stages[stage].sizes.mean()
-        whole |= {f"bits {stage}": 8 * size / max(kept, 1), f"× {stage}": stages["dense"].sizes.mean() / size}
-    return pandas.DataFrame.from_dict({**rows, "whole file": whole}, orient="index")
+        size = table.pop(stage)
+        size["whole file"] = stages[stage].sizes.mean()
+        table[f"bits {stage}"], table[f"× {stage}"] = 8 * size / table.kept.clip(lower=1), before / size
+    table["kept"] /= table.weights
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,13 +214,12 @@ class Bench:
         kept = train_or_load("family", make, train, key=key, folder=self.folder)
         return [model.eval() for model in kept]
 
-    def build(self, name: str | Callable[[int], nn.Module] | None = None) -> Models:
+    def build(self, name: str = "") -> Models:
         """Untrained networks, one a seed."""
-        name = name or self.net
-        if not isinstance(name, str):
-            return [name(int(seed)) for seed in self.seeds]
-        shape, classes = self.data.input_shape, self.data.num_classes
-        return [build_model(name, shape, classes, seed=int(seed)) for seed in self.seeds]
+        net, shape, classes = name or self.net, self.data.input_shape, self.data.num_classes
+        if not isinstance(net, str):
+            return [net(int(seed)) for seed in self.seeds]
+        return [build_model(net, shape, classes, seed=int(seed)) for seed in self.seeds]
 
     def train(self, models: Models, *, taught: bool = False, **options) -> Models:
         """``models`` trained further, the best epoch on validation kept; ``taught``: by a teacher's answers as well."""
@@ -391,8 +386,7 @@ def write_engine_files(networks: Mapping[str, nn.Module], images: Tensor, folder
     Networks of equal layers and kind are one graph with other numbers, so they get one file, which is timed once:
     their latencies are equal by construction. On ``images`` the int8 graphs' activations are calibrated.
     """
-    files: dict[object, Path] = {}
-    paths = {}
+    files, paths = {}, {}
     for name, network in networks.items():
         integers, dense = any(getattr(m, "activation_bits", None) for m in network.modules()), plain(network).eval()
         kind = integers, str(dense)

@@ -155,13 +155,15 @@ def load_dataset(
     """
     seed = whole_number(seed, "seed", 0, 2**32 - 1)
     raw = _raw(name, root, download)
-    everything, fixed = np.arange(len(raw.train_labels)), len(raw.test_labels) > 0
-    rest, test = (everything, None) if fixed else _stratified(raw.train_labels, everything, DIGITS_HELD_OUT, seed)
-    train, val = _stratified(raw.train_labels, rest, _held_out(raw, name, root), seed)
-    mean, std = _channel_statistics(raw.train_images[train], raw.scale)
-    pairs = [(raw.train_images[index], raw.train_labels[index]) for index in (train, val, test) if index is not None]
-    pairs += [(raw.test_images, raw.test_labels)] * fixed
-    parts = [_split(images, labels, raw.scale, mean, std) for images, labels in pairs]
+    images, labels, fixed = raw.train_images, raw.train_labels, len(raw.test_labels) > 0
+    rest = np.arange(len(labels))
+    if not fixed:
+        rest, test = _stratified(labels, rest, DIGITS_HELD_OUT, seed)
+    train, val = _stratified(labels, rest, _validation_size(raw), seed)
+    mean, std = _channel_statistics(images[train], raw.scale)
+    last = (raw.test_images, raw.test_labels) if fixed else (images[test], labels[test])
+    pairs = [(images[train], labels[train]), (images[val], labels[val]), last]
+    parts = [_split(*pair, raw.scale, mean, std) for pair in pairs]
     return DataSplits(*parts, name, raw.class_names, mean, std)
 
 
@@ -183,7 +185,7 @@ def load_replicas(
     seed, replicas = whole_number(seed, "seed", 0, 2**32 - 1), whole_number(replicas, "replicas")
     raw = _raw(name, root, download)
     # One validation set for every seed, too: what is common to all replicas cannot be covered by their interval.
-    rest, val = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), _held_out(raw, name, root), 0)
+    rest, val = _stratified(raw.train_labels, np.arange(len(raw.train_labels)), _validation_size(raw), 0)
     mean, std = _channel_statistics(raw.train_images[val], raw.scale)
     pool = _split(raw.train_images, raw.train_labels, raw.scale, mean, std)
     fixed = len(raw.test_labels) > 0
@@ -197,12 +199,11 @@ def load_replicas(
 
 
 def _positions(indices, count: int) -> Tensor:
-    """``indices`` as int64 positions or a bool mask; a range ends with the images, as a slice does."""
-    indices = [i for i in indices if i < count] if isinstance(indices, range) else indices
-    index = indices if isinstance(indices, Tensor) else torch.as_tensor(np.asarray(indices))
-    if index.numel() and (index.is_floating_point() or index.is_complex()):
-        raise TypeError(f"indices must be integers or a bool mask, got {index.dtype}")
-    return index if index.dtype == torch.bool else index.long()  # uint8 would be taken for a mask
+    """Positions [M] that ``indices`` choose, as numpy does; a range ends with the images, as a slice does."""
+    if isinstance(indices, range):
+        indices = [i for i in indices if i < count]
+    chosen = np.asarray(indices)
+    return torch.from_numpy(np.arange(count)[chosen if chosen.size else []])
 
 
 def _raw(name: str, root, download: bool) -> RawData:
@@ -214,13 +215,11 @@ def _raw(name: str, root, download: bool) -> RawData:
 
 
 def _data_root(root) -> Path:
-    root = os.environ.get("COURSE_DATA") or cache_folder("data") if root is None else root
-    if not isinstance(root, str | os.PathLike) or str(root) == "" or "\0" in str(root):
-        raise ValueError(f"root must be the path of a folder or None, got {root!r}")
+    root = root or os.environ.get("COURSE_DATA") or cache_folder("data")
     try:
         return Path(root).expanduser().absolute()
-    except RuntimeError as error:  # a ~ without a home folder behind it
-        raise ValueError(f"root {str(root)!r} cannot be expanded: {error}") from None
+    except (RuntimeError, TypeError) as error:  # a ~ without a home folder behind it
+        raise ValueError(f"root must be the path of a folder or None, got {root!r} ({error})") from None
 
 
 @functools.cache
@@ -229,20 +228,13 @@ def _digits() -> RawData:
 
     bunch = load_digits()
     images, labels = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64)
-    images.flags.writeable = labels.flags.writeable = False  # shared by every call to come
     return RawData(images, labels, images[:0], labels[:0], tuple("0123456789"), scale=16)
 
 
-def _held_out(raw: RawData, name: str, root) -> int:
-    """How many images validation gets."""
+def _validation_size(raw: RawData) -> int:
     if not len(raw.test_labels):
         return DIGITS_HELD_OUT
-    classes, counts = np.unique(raw.train_labels, return_counts=True)
-    if counts.min() < 2:
-        why = f"class {classes[counts.argmin()]} has a single training image, and each class needs at least 2"
-        where = f"{name} in {_data_root(root)} cannot be split into train and validation"
-        raise DataError(f"{where}: {why}. Use a subset with more images a class.")
-    return max(round(len(raw.train_labels) / 10), len(classes))
+    return max(round(len(raw.train_labels) / 10), len(np.unique(raw.train_labels)))
 
 
 def _stratified(labels: np.ndarray, among: np.ndarray, held_out: int, seed) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +242,11 @@ def _stratified(labels: np.ndarray, among: np.ndarray, held_out: int, seed) -> t
     from sklearn.model_selection import train_test_split
 
     state = seed if isinstance(seed, int) else np.random.RandomState(seed.bit_generator)
-    return train_test_split(among, test_size=held_out, stratify=labels[among], random_state=state)
+    try:
+        return train_test_split(among, test_size=held_out, stratify=labels[among], random_state=state)
+    except ValueError as error:
+        what = f"{len(among)} images cannot be split so that every class is in both parts"
+        raise DataError(f"{what}: {error} Use a subset with more images a class.") from None
 
 
 def _channel_statistics(images: np.ndarray, scale: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,7 +1,5 @@
 """A lesson's set-up in one statement: data and seeds for every replica, threads, style, and the claims ledger."""
 
-import difflib
-
 import numpy as np
 import torch
 
@@ -9,7 +7,7 @@ from course_lib.evidence.claims import Claim, Ledger
 from course_lib.evidence.plots import use_style
 from course_lib.evidence.statistics import COVERS, Verdict
 from course_lib.lab import predictions
-from course_lib.lab.data import DATASETS, DataError, Split, load_replicas
+from course_lib.lab.data import DataError, Split, load_replicas
 from course_lib.lab.language import Text, load_text
 from course_lib.lab.training import use_threads
 
@@ -40,11 +38,8 @@ class Lesson:
         self, number: str, *, dataset: str = "digits", profile: str = "quick", seed: int = 0, replicas: int = 24,
         threads: int = 2, text: bool = False, quiet: bool = False,
     ):  # fmt: skip
-        for name, value, known in (("dataset", dataset, DATASETS), ("profile", profile, PROFILES)):
-            if value not in known:
-                close = difflib.get_close_matches(str(value), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}{hint}")
+        if profile not in PROFILES:
+            raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))}; got {profile!r}")
         use_threads(threads)
         use_style()
         torch.manual_seed(int(seed))

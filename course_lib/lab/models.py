@@ -3,29 +3,22 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-__all__ = ["MODELS", "ModelSpec", "build_model"]
+__all__ = ["MODELS", "build_model"]
 
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a name in :data:`MODELS` stands for: a sentence for a reader, and ``build(input_shape, num_classes)``."""
-
-    description: str
-    build: Callable[[tuple[int, int, int], int], nn.Module]
+Build = Callable[[tuple[int, int, int], int], nn.Module]  # of an input shape and a number of classes
 
 
 def _chain(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _mlp(*hidden: int) -> Callable[[tuple[int, int, int], int], nn.Module]:
+def _mlp(*hidden: int) -> Build:
     def build(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         widths, layers = [math.prod(input_shape), *hidden], {"flatten": nn.Flatten()}
         for i, (inputs, outputs) in enumerate(pairwise(widths), 1):
@@ -72,14 +65,12 @@ def _cnn_student(input_shape: tuple[int, int, int], num_classes: int) -> nn.Modu
     )  # fmt: skip
 
 
-_LENET300 = "LeNet-300-100, the MLP of Deep Compression (LeCun et al. 1998; Han et al. 2016)"
-_TEACHER = "three 3×3 convolutions with BatchNorm (32, 64, 64 channels), 128 hidden units"
-MODELS: Mapping[str, ModelSpec] = {
-    "lenet300": ModelSpec(_LENET300, _mlp(300, 100)),
-    "lenet5": ModelSpec("LeNet-5 in the 20-50-500 form of Deep Compression", _lenet5),
-    "cnn_teacher": ModelSpec(_TEACHER, _cnn_teacher),
-    "cnn_student": ModelSpec("two 3×3 convolutions (8, 16 channels), no BatchNorm", _cnn_student),
-    **{f"mlp{width}": ModelSpec(f"one hidden layer of {width} units", _mlp(width)) for width in (8, 32, 128, 1024)},
+MODELS: Mapping[str, Build] = {
+    "lenet300": _mlp(300, 100),  # the MLP of Deep Compression (LeCun et al. 1998; Han et al. 2016)
+    "lenet5": _lenet5,  # in its 20-50-500 form
+    "cnn_teacher": _cnn_teacher,
+    "cnn_student": _cnn_student,
+    **{f"mlp{width}": _mlp(width) for width in (8, 32, 128, 1024)},  # one hidden layer
 }
 """Every name that :func:`build_model` knows."""
 
@@ -109,7 +100,7 @@ def build_model(
     if min(shape[1:]) < 4 and not name.startswith(("mlp", "lenet300")):
         raise ValueError(f"{name} needs images of at least 4×4 pixels, got input_shape={input_shape}")
     if seed is None:
-        return MODELS[name].build(shape, num_classes)
+        return MODELS[name](shape, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
-        return MODELS[name].build(shape, num_classes)
+        return MODELS[name](shape, num_classes)

@@ -11,7 +11,7 @@ import numpy as np
 
 from course_lib.files import cache_folder, write_file
 
-__all__ = ["ANSWERS", "ask", "brier", "keep", "kept", "own_calibration"]
+__all__ = ["ANSWERS", "ask", "keep", "kept", "own_calibration"]
 
 _RIGHT = """
     00-1 b
@@ -79,13 +79,11 @@ def ask(question: str, options: str = "abc") -> None:
     display(widgets.HBox([option, sure, button, said], layout={"flex_flow": "row wrap"}))
 
 
-def brier(forecasts: dict[str, tuple[str, float]]) -> float:
-    """Mean squared distance between confidence and truth (1 if the option was right, else 0), in [0, 1]."""
-    return float(np.mean([(sure - (ANSWERS[q] == option)) ** 2 for q, (option, sure) in forecasts.items()]))
-
-
 def own_calibration() -> None:
-    """Draw the reader's reliability diagram and print the Brier score, once there are enough answers."""
+    """Draw the reader's reliability diagram and print the Brier score, once there are enough answers.
+
+    The score is the mean squared distance between confidence and truth (1 if the option was right, else 0).
+    """
     mine = kept()
     if len(mine) < FEWEST:
         print(f"{len(mine)} of {len(ANSWERS)} predictions kept so far; the diagram needs {FEWEST}.")
@@ -106,4 +104,5 @@ def own_calibration() -> None:
     ax.plot([0, 1], [0, 1], "--", color="black", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="how sure you were", ylabel="share that was right", title="You")
     show(figure, alt="Your own reliability diagram: the share of right answers for each range of confidence.")
-    print(f"{len(mine)} predictions, {right.mean():.0%} right at {sure.mean():.0%} sure; Brier score {brier(mine):.2f}")
+    brier = np.mean((sure - right) ** 2)
+    print(f"{len(mine)} predictions, {right.mean():.0%} right at {sure.mean():.0%} sure; Brier score {brier:.2f}")

@@ -53,9 +53,7 @@ def train_many(
             raise ValueError(f"{len(seeds)} seeds, but the data has splits for {len(split)} replicas")
         split = split[: len(seeds)]
     if isinstance(model, str):
-        like = split.pool if isinstance(split, Splits) else split
-        classes = data.num_classes if isinstance(data, DataSplits) else int(like.labels.max()) + 1
-        models = [build_model(model, tuple(like.images.shape[1:]), classes, seed=s) for s in start]
+        models = [_named(model, data, s) for s in start]
     elif callable(model) and not isinstance(model, nn.Module):
         models = [model(s) for s in start]
     else:
@@ -67,22 +65,31 @@ def train_many(
     return fit_replicas(lambda seed: next(given), seeds, split, TrainConfig.of(config, recipe), **options)
 
 
-def train(model: str | nn.Module, data: DataSplits | Split, seed: int = 0, **options) -> nn.Module:
+def train(
+    model: str | nn.Module, data: DataSplits | Split, seed: int = 0, *, config: TrainConfig | None = None,
+    best_on: Split | None = None, loss_fn: LossFn | None = None, after_step: AfterStep | None = None, **recipe,
+) -> nn.Module:  # fmt: skip
     """Train one network with the usual loop, and return it: options as for :func:`train_many`.
 
     >>> from course_lib.lab.data import load_dataset
     >>> data = load_dataset()
     >>> net = train("mlp8", data.train.subset(range(64)), epochs=1)
     """
-    known = {"config", "loss_fn", "after_step", "best_on"}
-    recipe = {name: options.pop(name) for name in set(options) - known}
     split = data.train if isinstance(data, DataSplits) else data
+    check_split(split)
     if isinstance(model, str):
-        classes = data.num_classes if isinstance(data, DataSplits) else int(split.labels.max()) + 1
-        model = build_model(model, tuple(split.images.shape[1:]), classes, seed=int(seed))
-    config, val = TrainConfig.of(options.pop("config", None), recipe), options.pop("best_on", None)
-    fit(model, split, config, seed=int(seed), val=val, progress=True, **options)
+        model = _named(model, data, int(seed))
+    options = {"loss_fn": loss_fn, "val": best_on, "after_step": after_step, "progress": True}
+    fit(model, split, TrainConfig.of(config, recipe), seed=int(seed), **options)
     return model
+
+
+def _named(name: str, data: DataSplits | Split | Splits, seed: int) -> nn.Module:
+    """The network of that name which fits the data."""
+    if isinstance(data, DataSplits):
+        return build_model(name, data.input_shape, data.num_classes, seed=seed)
+    pool = data.pool if isinstance(data, Splits) else data
+    return build_model(name, tuple(pool.images.shape[1:]), int(pool.labels.max()) + 1, seed=seed)
 
 
 def fit_replicas(
@@ -121,7 +128,8 @@ def fit_replicas(
     check_same(models)
     check_trainable(models[0])
     settings, device = check_settings(settings, len(seeds)), device_of(models[0])
-    pick = gather(split, len(seeds), device)
+    pool, positions = _pooled(split, len(seeds))
+    pool_images, pool_labels, positions = pool.images.to(device), pool.labels.to(device), positions.to(device)
     loss_fn, wants_index = read_loss(loss_fn)
     modes = [m.training for m in models[0].modules()]
     # A deep copy, not a move to "meta": only so does it know which names share a tensor.
@@ -139,18 +147,20 @@ def fit_replicas(
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     with eval_mode(models[0]), torch.no_grad():
-        check_logits(models[0](pick.images[:1]), pick.labels)
-    large = len(seeds) == 1 or convolution_macs(models[0], pick.images[:1]) > LARGEST_BATCHED_CONV
+        check_logits(models[0](pool_images[:1]), pool_labels)
+    large = len(seeds) == 1 or convolution_macs(models[0], pool_images[:1]) > LARGEST_BATCHED_CONV
     step_terms = one_after_another if large else vmap(replica_terms, randomness="different")
     optimizer, best = make_optimizer(trainable, config), [BestEpoch() for _ in models]
-    step, total = 0, config.steps(pick.examples)
+    step, examples = 0, positions.shape[1]
+    total = config.steps(examples)
     with torch.random.fork_rng(devices=[]), progress_bar(config.epochs, progress) as advance:
         torch.manual_seed(seeds[0] % 2**63)
         for epoch in range(config.epochs):
-            orders = [epoch_batches(pick.examples, config.batch_size, seed, epoch) for seed in seeds]
+            orders = [epoch_batches(examples, config.batch_size, seed, epoch) for seed in seeds]
             for batch in zip(*orders, strict=True):
                 index = torch.stack(batch).to(device)
-                inputs = (*pick(index), index, settings)
+                where = positions.gather(1, index)
+                inputs = (pool_images[where], pool_labels[where], index, settings)
                 if step == 0 and not large and not can_batch(step_terms, parameters, buffers, inputs):
                     step_terms = one_after_another
                 terms = step_terms(parameters, buffers, *inputs)
@@ -178,37 +188,22 @@ def fit_replicas(
     return models
 
 
-class gather:
-    """Takes ``[R, B]`` positions to images ``[R, B, C, H, W]`` and labels ``[R, B]``, from one split or from R."""
-
-    def __init__(self, split: Split | Sequence[Split], replicas: int, device: torch.device):
-        self.rows = self.where = None
-        if not isinstance(split, Split):
-            if len(split) != replicas:
-                raise ValueError(f"{len(split)} splits for {replicas} seeds: give one split, or one for each seed")
-            split, self.where = _pooled(split)
-            self.rows = torch.arange(replicas, device=device)[:, None]
-            self.where = self.where.to(device)
+def _pooled(split: Split | Sequence[Split], replicas: int) -> tuple[Split, Tensor]:
+    """The images of all replicas, and the positions [R, N] of each one's own among them."""
+    if isinstance(split, Split):
         check_split(split)
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
-        self.examples = len(split) if self.where is None else self.where.shape[1]
-
-    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        where = index if self.where is None else self.where[self.rows, index]
-        return self.images[where], self.labels[where]
-
-
-def _pooled(splits: Splits | Sequence[Split]) -> tuple[Split, Tensor]:
-    """The images that the splits share, and each one's positions among them."""
-    if isinstance(splits, Splits):
-        return splits.pool, splits.index
-    for one in splits:
+        return split, torch.arange(len(split)).expand(replicas, -1)
+    if len(split) != replicas:
+        raise ValueError(f"{len(split)} splits for {replicas} seeds: give one split, or one for each seed")
+    if isinstance(split, Splits):
+        return split.pool, split.index
+    for one in split:
         check_split(one)
-        if one.images.shape != splits[0].images.shape:
-            shapes = f"{tuple(splits[0].images.shape)} and {tuple(one.images.shape)}"
+        if one.images.shape != split[0].images.shape:
+            shapes = f"{tuple(split[0].images.shape)} and {tuple(one.images.shape)}"
             raise ValueError(f"the replicas' splits must have the same shape to be batched, got {shapes}")
-    pool = Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]))
-    return pool, torch.arange(len(pool)).view(len(splits), -1)
+    pool = Split(torch.cat([s.images for s in split]), torch.cat([s.labels for s in split]))
+    return pool, torch.arange(len(pool)).view(replicas, -1)
 
 
 def _slice(part, r: int):

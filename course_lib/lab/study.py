@@ -11,13 +11,12 @@ import json
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed, wait
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,14 +51,11 @@ class Trial:
     options: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self):
-        if not isinstance(self.method, str) or not self.method:
-            raise TypeError(f"method must be a name, got {self.method!r}")
         options = dict(self.options)
-        if taken := [name for name in options if not isinstance(name, str) or name in COLUMNS]:
-            raise ValueError(f"an option needs a name other than {', '.join(COLUMNS)}, got {taken[0]!r}")
-        object.__setattr__(self, "level", _plain(self.level, "level"))
+        if taken := options.keys() & COLUMNS:
+            raise ValueError(f"an option needs a name other than {', '.join(COLUMNS)}, got {taken.pop()!r}")
         object.__setattr__(self, "seed", whole_number(self.seed, "seed", 0))
-        object.__setattr__(self, "options", tuple((name, _plain(options[name], name)) for name in sorted(options)))
+        object.__setattr__(self, "options", tuple(sorted(options.items())))
 
     @property
     def key(self) -> str:
@@ -77,7 +73,9 @@ def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -
     if not isinstance(levels, Mapping) or any(isinstance(given, str) for given in levels.values()):
         raise TypeError(f"levels must map each method to a list of its levels, got {levels!r}")
     pairs = [(method, level) for method, given in levels.items() for level in given]
-    return _distinct([Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, list(seeds))])
+    grid = [Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, list(seeds))]
+    _by_key(grid)
+    return grid
 
 
 def run_study(
@@ -86,7 +84,7 @@ def run_study(
 ) -> "pandas.DataFrame":  # fmt: skip
     """Measure every cell of a grid; what was measured before is not measured again.
 
-    A cell that raises is a row with its ``error``; the rest goes on. Cells that are lost, because a worker died, are
+    A cell that raises is a row with its ``error``; the rest goes on. Cells that are lost, because a process died, are
     tried again one after another. A run that was killed goes on where it stood, and tries failed rows again.
 
     Args:
@@ -104,73 +102,81 @@ def run_study(
     """
     import pandas
 
-    trials, workers, paths, rows = _distinct(list(grid)), whole_number(workers, "workers"), {}, {}
+    trials, workers, paths, rows = _by_key(grid), whole_number(workers, "workers"), {}, {}
     if executor is not None and not isinstance(executor, Executor):
         hint = "; for dask, pass Client(...).get_executor()" if hasattr(executor, "get_executor") else ""
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}{hint}")
-    file_word(name)
     if executor is None or isinstance(executor, ProcessPoolExecutor):
         _check_importable(work)
     if folder is not None:
-        salt, kept = _identity(work, version), Path(folder) / name
+        salt, kept = _identity(work, version), Path(folder) / file_word(name)
         kept.mkdir(parents=True, exist_ok=True)
-        paths = {t: kept / f"{hashlib.sha256(f'{t.key} {salt}'.encode()).hexdigest()}.json" for t in trials}
-        rows = {trial: row for trial, path in paths.items() if (row := _read(path)) and row["error"] is None}
-    with progress_bar(len(trials), progress, "cells") as advance:
-
-        def record(trial: Trial, row: dict) -> None:
-            if trial in paths:
-                write_file(paths[trial], json.dumps({"key": paths[trial].stem, "trial": str(trial), **row}).encode())
-            rows[trial] = row
+        paths = {key: kept / f"{hashlib.sha256(f'{key} {salt}'.encode()).hexdigest()}.json" for key in trials}
+        rows = {key: row for key, path in paths.items() if (row := _read(path)) and row["error"] is None}
+    missing = {key: trial for key, trial in trials.items() if key not in rows}
+    with progress_bar(len(missing), progress, "cells") as advance:
+        for key, row in _measured(missing, work, executor, workers):
+            if paths:
+                write_file(paths[key], json.dumps({"trial": str(trials[key]), **row}).encode())
+            rows[key] = row
             advance()
-
-        _measure([t for t in trials if t not in rows], work, executor, workers, record)
     records = []
-    for t in trials:
-        end = {name: rows[t][name] for name in ("error", "seconds")}
-        cell = {"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options)}
-        records.append({**cell, **rows[t]["values"], **end})
+    for key, t in trials.items():
+        cell = {"method": t.method, "level": t.level, "seed": t.seed, **dict(t.options), **rows[key]["values"]}
+        records.append(cell | {name: rows[key][name] for name in ("error", "seconds")})
     names = [n for n in dict.fromkeys(itertools.chain(*records)) if n not in COLUMNS]
     return pandas.DataFrame(records, columns=[*COLUMNS[:3], *names, *COLUMNS[3:]])
 
 
-def _measure(trials: list[Trial], work: Callable, given: Executor | None, workers: int, record: Callable) -> None:
-    """Bring every trial to a row: all at once, then one after another those that were lost, as where a worker died."""
-    pool, lost, flying = given or _new_pool(workers), [], {}
+def _by_key(grid: Iterable[Trial]) -> dict[str, Trial]:
+    """The cells by their keys, if there are any and none is there twice."""
+    trials = {}
+    for trial in grid:
+        if not isinstance(trial, Trial):
+            raise TypeError(f"a grid holds trials, got {trial!r}")
+        if trial.key in trials:
+            raise ValueError(f"the grid holds a cell twice: {trial}")
+        trials[trial.key] = trial
+    if not trials:
+        raise ValueError("the grid is empty")
+    return trials
+
+
+def _measured(trials: dict[str, Trial], work: Callable, given: Executor | None, workers: int) -> Iterator[tuple]:
+    """(key, row) of every trial: all at once, then alone those that were lost with a process that died."""
+    lost, flying = [], {}
+    pool = given or _new_pool(workers)
     try:
-        for trial in trials:
+        for key, trial in trials.items():
             try:
-                # The time keeps a cluster from answering out of its memory.
-                flying[pool.submit(_cell, work, trial, time.time_ns())] = trial
+                flying[_submit(pool, work, trial)] = key
             except BrokenExecutor:
-                lost.append(trial)
-        for future in as_completed(list(flying)):
-            trial = flying.pop(future)
-            lost.append(trial) if _problem(future) else record(trial, future.result())
-        for trial in lost:  # who is to blame is seen where each is alone
-            try:
-                future = pool.submit(_cell, work, trial, time.time_ns())
-            except BrokenExecutor:
-                pool = _new_pool(1)
-                future = pool.submit(_cell, work, trial, time.time_ns())
-            flying = {future: trial}
-            wait(flying)
-            failed = {"values": {}, "error": _problem(future), "seconds": None}
-            record(trial, failed if failed["error"] else future.result())
-            flying = {}
+                lost.append(key)
+        for future in as_completed(flying):
+            if isinstance(future.exception(), BrokenExecutor):
+                lost.append(flying[future])
+            else:
+                yield flying[future], _row(future)
     finally:
-        for future in flying:
-            future.cancel()
         if pool is not given:
-            for process in list((pool._processes or {}).values()) if flying else ():  # in the middle of a cell
-                process.kill()
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)
+    while lost:  # who is to blame is seen where each is alone
+        with _new_pool(1) as alone:
+            while lost:
+                row = _row(_submit(alone, work, trials[lost[0]]))
+                yield lost.pop(0), row
+                if row["seconds"] is None:  # it took the worker with it
+                    break
 
 
-def _problem(future: Future) -> str:
-    """Why a future has no result (a cell whose work raised has one)."""
-    problem = CancelledError("given up") if future.cancelled() else future.exception()
-    return f"{type(problem).__name__}: {problem}" if problem else ""
+def _submit(pool: Executor, work: Callable, trial: Trial) -> Future:
+    return pool.submit(_cell, work, trial, time.time_ns())  # the time keeps a cluster from answering out of its memory
+
+
+def _row(future: Future) -> dict:
+    problem = future.exception()  # of the worker: a cell whose work raised has a result
+    lost = {"values": {}, "error": f"{type(problem).__name__}: {problem}", "seconds": None}
+    return lost if problem else future.result()
 
 
 def _new_pool(workers: int) -> ProcessPoolExecutor:
@@ -183,8 +189,6 @@ def _start() -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Ctrl-C reaches a whole group of processes; what it means here, the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker whose parent was killed would wait for its next cell for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -194,7 +198,7 @@ def _cell(work: Callable, trial: Trial, attempt: int) -> dict:
     """One trial's row: its ``values``, or its ``error``, and its ``seconds``."""
     started, values, error = time.perf_counter(), {}, None
     try:
-        values = json.loads(json.dumps({name: _plain(value, name) for name, value in work(trial).items()}))
+        values = json.loads(json.dumps(dict(work(trial)), default=_plain))
         if taken := {*COLUMNS, *dict(trial.options)} & values.keys():
             raise ValueError(f"work returned a value named {taken.pop()!r}, which is a column's name already")
     except (Exception, SystemExit) as problem:
@@ -202,23 +206,11 @@ def _cell(work: Callable, trial: Trial, attempt: int) -> dict:
     return {"values": values, "error": error, "seconds": time.perf_counter() - started}
 
 
-def _distinct(trials: list[Trial]) -> list[Trial]:
-    strange = [trial for trial in trials if not isinstance(trial, Trial)]
-    if strange or not trials:
-        raise TypeError(f"a grid holds trials, got {strange[0]!r}") if strange else ValueError("the grid is empty")
-    if len(set(trials)) < len(trials):
-        raise ValueError(f"the grid holds a cell twice: {max(trials, key=trials.count)}")
-    return trials
-
-
-def _plain(value: object, where: str) -> object:
-    """numpy's and torch's numbers as Python's, lists as tuples; anything that a key cannot be made of is refused."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(part, where) for part in value)
-    if value is None or isinstance(value, (bool, int, float, str)) or (is_dataclass(value) and hash(value)):
-        return value
-    raise TypeError(f"{where} must be a number, a word, None, or a tuple or frozen dataclass of them, got {value!r}")
+def _plain(value: object) -> object:
+    """numpy's and torch's numbers as Python's."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"work must return numbers, texts or lists of them, got {value!r}")
+    return value.tolist()
 
 
 def _check_importable(work: Callable) -> None:
@@ -245,7 +237,6 @@ def _identity(work: Callable, version: str) -> str:
 
 def _read(path: Path) -> dict | None:
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return row if isinstance(row, dict) and row.get("key") == path.stem else None

@@ -4,7 +4,6 @@ import copy
 import inspect
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -54,8 +53,6 @@ class TrainConfig:
             object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be a positive number, got {self.lr!r}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
@@ -89,12 +86,6 @@ class History:
     val_accuracy: list[float] = field(default_factory=list)
     best_epoch: int = -1
     steps: int = 0
-    seconds: float = 0.0
-
-    @property
-    def train_loss(self) -> list[float]:
-        """Mean training loss of each epoch."""
-        return self.terms.get("loss", [])
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +159,7 @@ def fit(
     images, labels = split.images.to(device), split.labels.to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config)
-    history, best, started = History(), BestEpoch(), time.perf_counter()
+    history, best = History(), BestEpoch()
     modes, total = [(m, m.training) for m in model.modules()], config.steps(len(split))
     try:
         with torch.random.fork_rng(devices=[]), progress_bar(config.epochs, progress) as advance:
@@ -207,7 +198,6 @@ def fit(
             module.training = mode
     history.best_epoch = config.epochs - 1 if val is None else best.epoch
     best.restore(model)
-    history.seconds = time.perf_counter() - started
     return history
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from course_lib.lab.download import DataError, RawData, obtain
+from course_lib.lab.download import DataError, obtain
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CIFAR_NAMES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
@@ -91,7 +91,7 @@ class Mirror:
 
     def __init__(self, files: dict[str, bytes]):
         self.files, self.fetched = files, Counter()
-        self.first, self.gate = threading.Event(), threading.Event()  # a request came; answers may go out
+        self.gate = threading.Event()  # answers may go out
         self.gate.set()
         self.cut: set[str] = set()  # paths whose body stops half-way
         mirror = self
@@ -102,7 +102,6 @@ class Mirror:
                 # torchvision first asks where a redirect leads, with a GET that it labels as HEAD.
                 if self.headers.get("Method") != "HEAD":
                     mirror.fetched[path] += 1
-                mirror.first.set()
                 mirror.gate.wait(30)
                 body = mirror.files.get(path)
                 with contextlib.suppress(OSError):
@@ -141,15 +140,11 @@ BATCHES = cifar_files()
 TAR = tar_gz(BATCHES)
 
 
-def load(root, name="mnist", **options) -> RawData:
-    return obtain(name, root, **options)
-
-
 def refused(root, *says, name="mnist", **options):
     """The error's text, once it is sure that the one error came and nothing below the root has changed."""
     before = listing(root) if root.is_dir() else None
     with pytest.raises(DataError) as caught:
-        load(root, name, **options)
+        obtain(name, root, **options)
     text = str(caught.value)
     for piece in says:
         assert re.search(piece, text), f"{piece!r} is not in: {text}"

@@ -30,7 +30,7 @@ def test_the_same_seed_draws_the_same(capsys):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dataset": "mnits"}, "dataset must be one of 'digits', 'mnist'.*got 'mnits'; did you mean 'mnist'"),
+        ({"dataset": "mnits"}, "unknown data set 'mnits'.*did you mean 'mnist'"),
         ({"profile": "fast"}, "profile must be one of 'quick', 'full'; got 'fast'"),
     ],
 )

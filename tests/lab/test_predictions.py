@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from course_lib.lab import predictions
-from course_lib.lab.predictions import ANSWERS, brier, keep, kept, own_calibration
+from course_lib.lab.predictions import ANSWERS, keep, kept, own_calibration
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -38,20 +38,17 @@ def test_answers_are_kept_in_the_readers_own_cache_and_the_last_one_counts(monke
     assert kept() == {}
 
 
-def test_the_brier_score_is_the_mean_squared_distance():
-    first, second = list(ANSWERS)[:2]
-    assert brier({first: (ANSWERS[first], 0.8), second: ("x", 0.5)}) == pytest.approx((0.2**2 + 0.5**2) / 2)
-
-
 def test_the_diagram_waits_for_enough_answers(monkeypatch, capsys):
     bundles = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw=False: bundles.append(data))
     own_calibration()
     assert capsys.readouterr().out == f"0 of {len(ANSWERS)} predictions kept so far; the diagram needs 5.\n"
-    for question in list(ANSWERS)[:5]:
+    for question in list(ANSWERS)[:4]:
         keep(question, ANSWERS[question], 0.7)
+    keep(list(ANSWERS)[4], "x", 0.7)
     own_calibration()
-    assert capsys.readouterr().out == "5 predictions, 100% right at 70% sure; Brier score 0.09\n"
+    # (4 · 0.3² + 0.7²) / 5
+    assert capsys.readouterr().out == "5 predictions, 80% right at 70% sure; Brier score 0.17\n"
     assert "Your own reliability diagram" in bundles[0]["text/html"]
 
 

@@ -11,6 +11,7 @@ from course_lib.lab.replicas import fit_replicas, train, train_many
 from course_lib.lab.training import DivergedError, TrainConfig, evaluate, fit
 
 CONFIG = TrainConfig(epochs=2, batch_size=50)
+SAME = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
 def make(name):
@@ -38,86 +39,62 @@ def in_float64(split):
     return double
 
 
-def test_best_epoch_is_each_replicas_own(few, digits):
-    config = TrainConfig(epochs=5, lr=0.05)
-    together = fit_replicas(make("mlp8"), [0, 1, 2], few, config, val=digits.val)
-    for seed, model in enumerate(together):
-        alone = make("mlp8")(seed)
-        history = fit(alone, few, config, val=digits.val, seed=seed)
-        assert evaluate(model, digits.val).accuracy == pytest.approx(max(history.val_accuracy), abs=0.008)
-
-
-def test_settings_and_positions_reach_each_replica(few):
-    tables = torch.randn(2, len(few), 10)
-
-    def loss(logits, labels, index, table, weight):
-        return F.cross_entropy(logits, labels) + weight * F.mse_loss(logits, table[index])
-
-    weights = torch.tensor([0.0, 2.0])
-    together = fit_replicas(
-        make("mlp8"), [4, 4], few, CONFIG, loss_fn=loss, settings={"table": tables, "weight": weights}
-    )
-    for r, model in enumerate(together):
-        alone = make("mlp8")(4)
-
-        def own(logits, labels, index, r=r):
-            return loss(logits, labels, index, tables[r], weights[r])
-
-        fit(alone, few, CONFIG, loss_fn=own, seed=4)
-        torch.testing.assert_close(model.fc1.weight, alone.fc1.weight, rtol=1e-4, atol=1e-5)
-
-
-def test_a_split_for_each_replica(digits):
+def test_everything_reaches_its_replica(few, digits):
+    """Splits, settings, positions, a mask and the best epoch of one's own; started from trained models, which stay."""
+    tables, scales = torch.randn(2, 100, 10), torch.tensor([0.0, 2.0])
     splits = [digits.train.subset(range(0, 100)), digits.train.subset(range(100, 200))]
-    together = fit_replicas(make("mlp8"), [0, 1], splits, CONFIG)
-    alone = make("mlp8")(1)
-    fit(alone, splits[1], CONFIG, seed=1)
-    torch.testing.assert_close(together[1].fc1.weight, alone.fc1.weight, rtol=1e-4, atol=1e-5)
-
-
-def test_masks_hold_with_a_leading_dimension(few):
     mask = (torch.rand(2, 8, 64) > 0.5).float()
+    trained, generator = make("mlp8")(4).eval(), torch.get_rng_state()
+    before = trained.fc1.weight.clone()
+
+    def loss(logits, labels, index, table, scale):
+        return F.cross_entropy(logits, labels) + scale * F.mse_loss(logits, table[index])
 
     def keep(parameters, step):
         parameters["fc1.weight"].mul_(mask)
 
-    for r, model in enumerate(fit_replicas(make("mlp8"), [0, 1], few, CONFIG, after_step=keep)):
+    options = {"loss_fn": loss, "settings": {"table": tables, "scale": scales}, "after_step": keep, "val": digits.val}
+    config = TrainConfig(epochs=4, batch_size=50, lr=0.05)
+    together = fit_replicas(lambda seed: copy.deepcopy(trained), [4, 4], splits, config, **options)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(trained.fc1.weight, before)
+    for r, model in enumerate(together):
+
+        def own_loss(logits, labels, index, r=r):
+            return loss(logits, labels, index, tables[r], scales[r])
+
+        def own_mask(parameters, step, r=r):
+            parameters["fc1.weight"].mul_(mask[r])
+
+        alone = copy.deepcopy(trained)
+        history = fit(alone, splits[r], config, loss_fn=own_loss, after_step=own_mask, val=digits.val, seed=4)
+        assert not model.training
         assert (model.fc1.weight[mask[r] == 0] == 0).all()
+        assert evaluate(model, digits.val).accuracy == pytest.approx(max(history.val_accuracy), abs=0.008)
+        torch.testing.assert_close(model.fc1.weight, alone.fc1.weight, rtol=1e-3, atol=1e-4)
 
 
-def test_starts_from_trained_models_and_leaves_them(few):
-    trained = make("mlp8")(0)
-    before = copy.deepcopy(trained.state_dict())
-    (more,) = fit_replicas(lambda seed: copy.deepcopy(trained).eval(), [0], few, CONFIG)
-    assert torch.equal(trained.fc1.weight, before["fc1.weight"])
-    assert not torch.equal(more.fc1.weight, before["fc1.weight"])
-    assert not more.training
+@pytest.mark.parametrize(
+    ("made", "seeds", "options", "says"),
+    [
+        (make("mlp8"), [], {}, "seeds is empty"),
+        (lambda s: make("mlp8" if s == 0 else "mlp32")(s), [0, 1], {}, r"replica 1 .*another network.*fc1.weight"),
+        (lambda s: SAME, [0, 1], {}, "same object twice"),
+        (make("mlp8"), [0, 1], {"settings": {"T": torch.ones(3)}}, r"settings\['T'\].*2 seeds.*\(3,\)"),
+        (lambda s: make("mlp8")(s).requires_grad_(False), [0], {}, "nothing to train"),
+        (lambda s: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), [0], {}, "num_classes=10"),
+    ],
+)
+def test_bad_input_is_named(few, made, seeds, options, says):
+    with pytest.raises(ValueError, match=says):
+        fit_replicas(made, seeds, few, **options)
 
 
-def test_global_generator_is_left_alone(few):
-    before = torch.get_rng_state()
-    fit_replicas(make("mlp8"), [0, 1], few, CONFIG)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_bad_input_is_named(few, digits):
-    with pytest.raises(ValueError, match="seeds is empty"):
-        fit_replicas(make("mlp8"), [], few)
-    with pytest.raises(ValueError, match=r"replica 1 .*another network.*fc1.weight"):
-        fit_replicas(lambda s: make("mlp8" if s == 0 else "mlp32")(s), [0, 1], few)
-    one = make("mlp8")(0)
-    with pytest.raises(ValueError, match="same object twice"):
-        fit_replicas(lambda s: one, [0, 1], few)
-    with pytest.raises(ValueError, match=r"settings\['T'\].*2 seeds.*\(3,\)"):
-        fit_replicas(make("mlp8"), [0, 1], few, settings={"T": torch.ones(3)})
+def test_splits_that_do_not_fit_are_named(few):
     with pytest.raises(ValueError, match="1 splits for 2 seeds"):
         fit_replicas(make("mlp8"), [0, 1], [few])
     with pytest.raises(ValueError, match="same shape"):
-        fit_replicas(make("mlp8"), [0, 1], [few, digits.train.subset(range(9))])
-    with pytest.raises(ValueError, match="nothing to train"):
-        fit_replicas(lambda s: make("mlp8")(s).requires_grad_(False), [0], few)
-    with pytest.raises(ValueError, match="num_classes=10"):
-        fit_replicas(lambda s: nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), [0], few)
+        fit_replicas(make("mlp8"), [0, 1], [few, few.subset(range(9))])
 
 
 def branching(logits, labels):
@@ -193,6 +170,8 @@ def test_train_many_pairs_seeds_splits_and_starts(few):
     one = train("mlp8", few, 5, epochs=1)
     (many,) = train_many("mlp8", few, [5], epochs=1)
     torch.testing.assert_close(one.fc1.weight, many.fc1.weight, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="one Split, such as data"):
+        train("mlp8", splits)
 
 
 @pytest.mark.parametrize(

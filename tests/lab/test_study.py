@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,8 +50,6 @@ def test_a_cell_is_its_content():
     a = Trial("m", np.float64(8.0), np.int64(3), {"b": 1, "a": np.float32(0.5)})
     b = Trial("m", 8, 3, (("a", 0.5), ("b", 1)))
     assert (a, hash(a), a.key) == (b, hash(b), b.key)
-    assert type(a.seed) is int
-    assert a.key == Trial("m", 8, 3, {"a": 0.5, "b": 1}).key
 
 
 def test_cells_that_differ_have_keys_that_differ():
@@ -68,19 +65,15 @@ def test_cells_that_differ_have_keys_that_differ():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("", 1, 0), "method must be a name"),
         (("m", 1, -1), "seed must be an integer of at least 0, got -1"),
-        (("m", 1, True), "seed must be"),
-        (("m", {"a": 1}, 0), "level must be a number"),
         (("m", 1, 0, {"seed": 1}), "an option needs a name other than method, level, seed, error, seconds"),
-        (("m", 1, 0, {"a": [object()]}), "a must be a number"),
+        (("m", object(), 0), "a object has no stable content"),
+        (("m", float("nan"), 0), "not JSON compliant"),
     ],
 )
 def test_bad_cells_are_refused(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        Trial(*arguments)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        _ = Trial("m", float("nan"), 0).key
+        _ = Trial(*arguments).key
 
 
 def test_a_grid_is_every_level_with_every_seed():
@@ -89,15 +82,14 @@ def test_a_grid_is_every_level_with_every_seed():
         ("a", Level(0.5), 0), ("a", Level(0.5), 1), ("b", 1, 0), ("b", 1, 1), ("b", (2, 3), 0), ("b", (2, 3), 1),
     ]  # fmt: skip
     assert {t.options for t in grid} == {(("width", 7),)}
-    for levels, seeds, message in (
-        ({}, [0], "grid is empty"),
-        ({"a": [1]}, [], "grid is empty"),
-        ({"a": "word"}, [0], "levels must map"),
-        (["a"], [0], "levels must map"),
-        ({"a": [1, 1.0]}, [0], "a cell twice"),
+    for levels, message in (
+        ({}, "grid is empty"),
+        ({"a": "word"}, "levels must map"),
+        (["a"], "levels must map"),
+        ({"a": [1, 1.0]}, "a cell twice"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            make_grid(levels, seeds)
+            make_grid(levels, [0])
 
 
 # Rows
@@ -118,17 +110,13 @@ def test_rows_come_in_the_order_of_the_grid(threads):
 
 
 def test_what_a_row_holds(threads):
-    frame = run_study(
-        make_grid({m: [Level(1)] for m in ("good", "object", "taken", "none")}, [0]), threads, work=study_cells.odd
-    )
+    grid = make_grid({m: [Level(1)] for m in ("good", "object", "taken", "none", "option")}, [0], width=1)
+    frame = run_study(grid, threads, work=study_cells.odd)
     good = frame.iloc[0]
     assert (good.level, good.a, good.b, good.d) == (Level(1), 0.5, 3, True)
     assert (good.c, pandas.isna(good.e), good.f) == ([0, 1], True, [1, "x"])
-    assert frame.error[1].startswith("TypeError: x must be a number")
-    assert "seed" in frame.error[2]
-    assert frame.error[3].startswith("AttributeError")
-    option = run_study([Trial("option", 1, 0, {"width": 1})], threads, work=study_cells.odd)
-    assert "'width'" in option.error[0]
+    says = ["TypeError: work must return numbers", "'seed'", "TypeError", "'width'"]
+    assert all(text in error for text, error in zip(says, frame.error[1:], strict=True))
 
 
 def test_failing_cells_are_rows_and_are_tried_again_while_finished_ones_are_not(tmp_path, threads):
@@ -158,29 +146,11 @@ def test_rows_are_kept_by_content(tmp_path, threads):
     torn.write_text(torn.read_text()[:-9])
     run_study(large, **common)
     assert len(lines(log)) == 6
-    os.replace(torn, torn.with_stem("0" * 64))  # a row of another cell
-    torn.with_stem("0" * 64).rename(torn)
     run_study(small, **common, version="mnist")
     run_study(small, **common, name="other")
     run_study(small, threads, work=study_cells.logged)
-    run_study(small, threads, work=study_cells.logged)
-    assert len(lines(log)) == 14
+    assert len(lines(log)) == 12
     assert {path.suffix for path in (tmp_path / "study").iterdir()} == {".json"}
-
-
-def test_a_changed_source_measures_anew(tmp_path, threads, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    package = tmp_path / "some_work"
-    package.mkdir()
-    (package / "__init__.py").write_text("def work(trial):\n    return {'x': 1}\n")
-    (package / "helper.py").write_text("")
-    import some_work
-
-    grid = make_grid({"m": [1]}, [0])
-    for change in ("", "# another line\n"):
-        (package / "helper.py").write_text(change)
-        run_study(grid, threads, work=some_work.work, folder=tmp_path)
-    assert len(list((tmp_path / "study").iterdir())) == 2
 
 
 class Client:
@@ -191,12 +161,9 @@ class Client:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grid": []}, "the grid is empty"),
         ({"grid": [("m", 1, 0)]}, "a grid holds trials, got "),
-        ({"grid": [Trial("m", 1, 0), Trial("m", 1.0, 0)]}, "holds a cell twice"),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"name": "a/b"}, "name must be letters"),
-        ({"executor": 2}, "executor must be a concurrent.futures.Executor, got int"),
         ({"executor": Client()}, r"got Client; for dask, pass Client\(...\).get_executor\(\)"),
         ({"work": lambda trial: {}}, "worker processes cannot import work .*lambda"),
     ],
@@ -208,20 +175,31 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path, arguments, mes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_work_that_no_key_can_tell_apart_is_refused_where_rows_are_kept(tmp_path, threads):
+def test_rows_are_kept_under_the_source_of_the_work(tmp_path, threads, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "some_work"
+    package.mkdir()
+    (package / "__init__.py").write_text("def work(trial):\n    return {'x': 1}\n")
+    import some_work
+
+    grid = make_grid({"m": [1]}, [0])
+    for change in ("", "# another line\n"):
+        (package / "helper.py").write_text(change)
+        run_study(grid, threads, work=some_work.work, folder=tmp_path)
+    assert len(list((tmp_path / "study").iterdir())) == 2
     held = 3
     with pytest.raises(ValueError, match="a plain function that holds no variables"):
-        run_study(make_grid({"m": [1]}, [0]), threads, work=lambda t: {"x": held}, folder=tmp_path)
-    assert run_study(make_grid({"m": [1]}, [0]), threads, work=lambda t: {"x": held}).x.tolist() == [3]
+        run_study(grid, threads, work=lambda t: {"x": held}, folder=tmp_path)
+    assert run_study(grid, threads, work=lambda t: {"x": held}).x.tolist() == [3]
 
 
 # Workers
 
 
-def test_workers_have_one_thread_and_our_environment_and_leave_ctrl_c_to_us(monkeypatch):
+def test_workers_have_one_thread_and_our_environment(monkeypatch):
     monkeypatch.setenv("COURSE_CACHE", "/somewhere/else")
     frame = run_study(make_grid({"m": [None]}, range(4)), work=study_cells.surroundings)
-    assert (set(frame.threads), set(frame.cache), set(frame.deaf)) == ({1}, {"/somewhere/else"}, {True})
+    assert (set(frame.threads), set(frame.cache)) == ({1}, {"/somewhere/else"})
 
 
 def test_a_cell_that_kills_its_worker_is_a_row_and_costs_the_others_nothing(tmp_path):
@@ -257,7 +235,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_goes_on_without_repeating_a_finished_cell(tmp_path, number):
     log, script = tmp_path / "log", tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -285,27 +263,6 @@ def test_a_run_that_is_stopped_goes_on_without_repeating_a_finished_cell(tmp_pat
         frame = run_study(grid, threads, work=study_cells.logged, folder=tmp_path)
     assert frame.value.tolist() == [10 * seed for seed in range(12)]
     assert len(lines(log)) == begun + 12 - finished
-
-
-def test_an_interrupted_run_does_not_wait_for_long_cells(tmp_path):
-    log = tmp_path / "log"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt():
-        until(lambda: len(lines(log)) == 2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=interrupt)
-    watcher.start()
-    started = time.monotonic()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_study(make_grid({"m": [1]}, range(2), log=str(log), pause=60), work=study_cells.logged)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    watcher.join()
-    assert time.monotonic() - started < 40
-    until(lambda: not any(alive(int(line.split()[3])) for line in lines(log)))
 
 
 def until(condition, seconds=40):
