@@ -16,6 +16,11 @@ from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_fo
 
 __all__ = ["main"]
 
+MALICE = (
+    "Runs the code of every notebook against our checks, each in a process with a limit of time and memory and a "
+    "scratch folder. That guards against accidents, not against malice: where you cannot trust the notebooks, run it "
+    "in a container, or as a user who owns nothing."
+)
 EXAMPLE = "For instance `run 02 05.1 --dataset mnist --jobs 2`: a chapter and a lesson on MNIST, two at once."
 
 
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(argv)
         if options.command is None:
             parser.print_help()
-        elif rest and options.command not in ("practice", "lab"):
+        elif rest and options.command != "lab":
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as leaving:
         return int(leaving.code or 0)
@@ -60,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m course_lib", description=told)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, action: Callable, help: str, **more) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
+    def command(name: str, action: Callable, help: str, among=commands, **more) -> argparse.ArgumentParser:
+        made = among.add_parser(name, help=help, **{"description": f"{help[0].upper()}{help[1:]}."} | more)
         made.set_defaults(action=action)
         made.add_argument("--notebooks", type=Path, metavar="DIR", default=notebooks_folder(), help="the lessons")
         return made
@@ -83,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("lessons", nargs="*", metavar="LESSON", help="02, 02.4, pruning ... (default: all)")
         made.add_argument("--dataset", help="digits (default, needs no network), mnist, fashion_mnist, kmnist, cifar10")
         made.add_argument("--profile", help="quick (default) or full: more seeds, longer training")
-        made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="any parameter")
         made.add_argument("--jobs", type=int, default=1, metavar="N", help="lessons at once; they share the cores")
     run.add_argument("--seed", help="of the first replica, an integer from 0 (default: 0)")
     run.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (build/course/DATASET-PROFILE)")
@@ -94,9 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     action = _elsewhere("reports", "show_claims", "paths", "notebooks")
     claims = command("claims", action, "every claim and what was measured; exit code 1 if one is false")
     claims.add_argument("paths", nargs="*", type=Path, help="notebooks, folders (default: the newest run)")
-    command("practice", _elsewhere("practice", "main"), "the practice notebooks: generate, grade", add_help=False)
-    action = _elsewhere("doctor", "examine", "fast", "room")
-    doctor = command("doctor", action, "check this installation and say how to mend it")
+    practice = commands.add_parser("practice", help="the practice notebooks: generate, grade")
+    parts = practice.add_subparsers(required=True)
+    made = command("generate", _generate, "write notebooks/NN_name/practice.ipynb from notebooks/solutions/", parts)
+    made.add_argument("--check", action="store_true", help="change nothing; exit code 1 if one is not up to date")
+    told = "grade a folder of notebooks; this runs the code in them"
+    grade = command("grade", _grade, told, parts, description=MALICE)
+    grade.add_argument("folder", type=Path, help="with *.ipynb, also in folders of it; or one notebook")
+    grade.add_argument("--output", type=Path, metavar="CSV", help="default: FOLDER/grades.csv; what is there goes on")
+    grade.add_argument("--chapter", metavar="NN", help="default: the one whose tasks a notebook has")
+    grade.add_argument("--jobs", type=int, metavar="N", help="notebooks at once (default: one a core)")
+    grade.add_argument("--seconds", type=float, default=20, metavar="S", help="for a cell or a check (20)")
+    grade.add_argument("--memory", type=float, default=4, metavar="GB", help="for a notebook (4)")
+    doctor = command("doctor", _doctor, "check this installation and say how to mend it")
     doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel and reading data sets")
     doctor.add_argument("--room", type=int, metavar="N", help="and what a teacher of N learners must know beforehand")
     command("bench", _bench, "batched training and kd_loss against the usual ways, side by side")
@@ -121,31 +135,22 @@ def _list(options, rest) -> int:
     return 0
 
 
-def _given(options, **more: str | None) -> dict[str, str]:
-    given = {"dataset": options.dataset, "profile": options.profile, **more}
-    given = {name: text for name, text in given.items() if text is not None}
-    for assignment in options.parameter:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.isidentifier():
-            raise CourseError(f"-p takes NAME=VALUE, got {assignment!r}")
-        if given.setdefault(name, text) != text:
-            raise CourseError(f"{name} is given twice: {given[name]!r} and {text!r}")
-    return given
-
-
 def _run(options, rest) -> int:
+    more = {name: getattr(options, name) for name in ("output", "timeout", "resume", "store")}
+    return _executed(options, options.seed, **more)
+
+
+def _executed(options, seed: str | None, **more) -> int:
     from course_lib.classroom.runner import run_lessons
 
-    more = {name: getattr(options, name) for name in ("output", "jobs", "timeout", "resume", "store")}
-    return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=options.seed), **more)
+    given = {"dataset": options.dataset, "profile": options.profile, "seed": seed}
+    given = {name: text for name, text in given.items() if text is not None}
+    return run_lessons(options.notebooks, options.lessons, given=given, jobs=options.jobs, **more)
 
 
 def _replicate(options, rest) -> int:
-    from course_lib.classroom.runner import run_lessons
-
     def run(seed: str, folder: Path) -> int:
-        more = {"output": folder, "jobs": options.jobs, "resume": True}
-        return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=seed), **more)
+        return _executed(options, seed, output=folder, resume=True)
 
     seeds = options.seeds.replace(",", " ").split()
     return reports.replicate(options.notebooks, seeds, options.dataset or "digits", run)
@@ -157,12 +162,28 @@ def _readme(options, rest) -> int:
     return 0
 
 
+def _generate(options, rest) -> int:
+    from course_lib.classroom.practice import generate
+
+    stale = generate(options.notebooks, check=options.check)
+    print("\n".join(map(str, stale)) or "all practice notebooks are up to date")
+    return int(options.check and bool(stale))
+
+
+def _grade(options, rest) -> int:
+    from course_lib.classroom.grading import grade
+
+    names = ("folder", "output", "chapter", "jobs", "seconds", "memory", "notebooks")
+    print(f"written: {grade(**{name: getattr(options, name) for name in names})}")
+    return 0
+
+
 def _elsewhere(module: str, function: str, *names: str) -> Callable:
     """A command that lives in another module of the classroom, imported when it is asked for."""
 
     def action(options, rest) -> int:
         found = getattr(import_module(f"course_lib.classroom.{module}"), function)
-        return found(**{name: getattr(options, name) for name in names}) if names else found(rest)
+        return found(**{name: getattr(options, name) for name in names})
 
     return action
 
@@ -171,6 +192,13 @@ def _lab(options, rest) -> int:
     from course_lib.classroom.workcopy import open_lab
 
     return open_lab(options.notebooks, options.work, rest)
+
+
+def _doctor(options, rest) -> int:
+    from course_lib.classroom.doctor import examine
+    from course_lib.classroom.room import room_for
+
+    return examine([] if options.room is None else [room_for(options.room)], fast=options.fast)
 
 
 def _bench(options, rest) -> int:

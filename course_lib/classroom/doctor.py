@@ -11,14 +11,14 @@ import sysconfig
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import course_lib
 
-__all__ = ["examine", "without_torch"]
+__all__ = ["Finding", "examine", "found", "without_torch"]
 
 ROOT = Path(course_lib.__file__).resolve().parents[1]
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -29,21 +29,15 @@ Finding = tuple[str, str, str, str]
 """Status, what was looked at, what was found, and what to do unless all is well."""
 
 
-def examine(*, fast: bool = False, room: int | None = None) -> int:
-    """Run every check and print the findings as they come; 1 if one is to be mended, else 0.
+def examine(more: Iterable[Callable[[], Iterator[Finding]]] = (), *, fast: bool = False) -> int:
+    """Run every check, and ``more``, and print the findings as they come; 1 if one is to be mended, else 0.
 
-    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there. ``room``, a number
-    of learners, adds what a teacher must know beforehand.
+    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there.
     """
     warnings.simplefilter("ignore")  # of the tools about themselves, such as a home that cannot be written
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
-    checks = [_python, _packages, _processor, _data_unread if fast else _data, _places, _onnxruntime, _jupyter]
-    checks += [] if fast else [_kernel]
-    if room is not None:
-        from course_lib.classroom.room import room_for
-
-        checks.append(room_for(room))
-    for check in checks:
+    data, kernel = (_data_unread, []) if fast else (_data, [_kernel])
+    for check in (_python, _packages, _processor, data, _places, _onnxruntime, _jupyter, *kernel, *more):
         try:
             for status, name, told, mend in check():
                 counts[status] += 1
@@ -73,7 +67,7 @@ def without_torch(system: str, machine: str, libc: str, bits: int) -> str:
     return told and f"{told}, or read the stored outputs, for which nothing is needed"
 
 
-def _found(name: str, told: object, mend: str = "", status: str = WARN) -> Finding:
+def found(name: str, told: object, mend: str = "", status: str = WARN) -> Finding:
     """A finding that is well if there is nothing to mend, and of that status otherwise."""
     return status if mend else OK, name, str(told), mend
 
@@ -81,12 +75,12 @@ def _found(name: str, told: object, mend: str = "", status: str = WARN) -> Findi
 def _python() -> Iterator[Finding]:
     old = sys.version_info[:2] < (3, 11)
     mend = "install Python 3.11 or newer, remove .venv, then: make PYTHON=python3.11 setup" if old else ""
-    yield _found("Python", f"{platform.python_version()} ({sys.executable})", mend, FAIL)
+    yield found("Python", f"{platform.python_version()} ({sys.executable})", mend, FAIL)
     libc = "musl" if "musl" in (sysconfig.get_config_var("HOST_GNU_TYPE") or "") else "glibc"
     mend = without_torch(platform.system(), platform.machine(), libc, struct.calcsize("P") * 8)
-    yield _found("system", f"{platform.system()} {platform.machine()}", mend, FAIL)
+    yield found("system", f"{platform.system()} {platform.machine()}", mend, FAIL)
     own = Path(sys.prefix).resolve() in (ROOT / ".venv", Path(os.environ.get("CONDA_PREFIX") or ROOT).resolve())
-    yield _found(
+    yield found(
         "environment", sys.prefix, "" if own else "neither .venv nor conda; if packages are missing: make setup"
     )
 
@@ -113,7 +107,7 @@ def _packages() -> Iterator[Finding]:
 
     if not wrong:
         pair = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-        yield _found("packages", f"{len(names)} direct dependencies, as locked; {pair}")
+        yield found("packages", f"{len(names)} direct dependencies, as locked; {pair}")
 
 
 def _processor() -> Iterator[Finding]:
@@ -123,10 +117,10 @@ def _processor() -> Iterator[Finding]:
     told = ", ".join(dict.fromkeys(label for name, label in (_WIDE | _INT8).items() if able.get(name)))
     name = able.get("cpu_name") or platform.processor() or platform.machine()
     used = f"torch uses {torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}"
-    yield _found("processor", f"{name}; {told or 'features unknown'}; {os.cpu_count()} cores, {used}")
+    yield found("processor", f"{name}; {told or 'features unknown'}; {os.cpu_count()} cores, {used}")
     if able and not any(able.get(name) for name in _INT8):
         mend = "nothing to mend: int8 may be no faster here, and such claims are then reported, not failed"
-        yield _found("int8", "no VNNI, AMX or Arm dot product", mend)
+        yield found("int8", "no VNNI, AMX or Arm dot product", mend)
 
 
 def _data_unread() -> Iterator[Finding]:
@@ -145,17 +139,17 @@ def _data(read: bool = True) -> Iterator[Finding]:
     mend = "" if _writable(folder) else mend
     if chosen and not folder.exists():
         mend = "it does not exist: check the spelling of COURSE_DATA; a download makes it"
-    yield _found("data folder", folder, mend)
-    yield _found("data sets", "digits (inside scikit-learn)")
+    yield found("data folder", folder, mend)
+    yield found("data sets", "digits (inside scikit-learn)")
     for name, source in SOURCES.items():
         if not any(folder.glob(source.folder.partition("/")[0][:8] + "*")):  # the folder, or an archive beside it
             continue
         if not read:
-            yield _found("data sets", f"{name}: files are there, not read", "the doctor without --fast reads them")
+            yield found("data sets", f"{name}: files are there, not read", "the doctor without --fast reads them")
             continue
         try:
             data = load_dataset(name, root=folder, download=False)
-            yield _found("data sets", f"{name}, {len(data.train) + len(data.val):,} training images")
+            yield found("data sets", f"{name}, {len(data.train) + len(data.val):,} training images")
         except DataError as error:
             yield FAIL, name, str(error), "see the text; digits needs no file"
 
@@ -168,11 +162,11 @@ def _places() -> Iterator[Finding]:
         mend = "set it to an address such as http://server/data, or unset it"
         yield FAIL, "mirror", f"COURSE_MIRROR is {mirror!r}", mend
     mend = "read-only: set COURSE_CACHE to a folder of yours, or lessons train anew each time"
-    yield _found("cache", cache, "" if _writable(cache) else mend)
+    yield found("cache", cache, "" if _writable(cache) else mend)
     for name, folder in (("disk, course", ROOT), ("disk, data", _data_folder())):
         free = shutil.disk_usage(_nearest(folder)).free / 1e9
         mend = "" if free >= 2 else "free 2 GB, or set COURSE_DATA to a larger disk"
-        yield _found(name, f"{free:.1f} GB free at {folder}", mend)
+        yield found(name, f"{free:.1f} GB free at {folder}", mend)
 
 
 def _onnxruntime() -> Iterator[Finding]:
@@ -184,7 +178,7 @@ def _onnxruntime() -> Iterator[Finding]:
     model = parser.parse_model(text).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     right = session.run(None, {"x": np.array([1, 2], dtype=np.float32)})[0].tolist() == [2, 4]
-    yield _found("ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup", FAIL)
+    yield found("ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup", FAIL)
 
 
 def _jupyter() -> Iterator[Finding]:
@@ -196,7 +190,7 @@ def _jupyter() -> Iterator[Finding]:
     # A bare name is replaced by the interpreter that runs JupyterLab.
     own = spec.argv[0] in ("python", "python3") or program.parent.resolve() == Path(sys.executable).parent.resolve()
     mend = f"move {spec.resource_dir} away: any Jupyter but `make lab` takes it for the course's kernel"
-    yield _found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", "" if own else mend)
+    yield found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", "" if own else mend)
 
 
 def _kernel() -> Iterator[Finding]:
@@ -209,7 +203,7 @@ def _kernel() -> Iterator[Finding]:
         nbformat.write(new_notebook(cells=[new_code_cell("assert 1 + 1 == 2")]), Path(folder, "00_trial.ipynb"))
         good = run_lessons(Path(folder), output=Path(folder, "out"), timeout=60) == 0
     mend = "" if good else "make setup; if a firewall guards this machine, allow connections to 127.0.0.1"
-    yield _found("kernel", "starts and computes" if good else told.getvalue()[-300:], mend, FAIL)
+    yield found("kernel", "starts and computes" if good else told.getvalue()[-300:], mend, FAIL)
 
 
 def _data_folder() -> Path:
