@@ -36,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(argv)
         if options.command is None:
             parser.print_help()
-        elif rest and options.command != "lab":
+            return 0
+        if options.command == "lab":
+            options.flags = rest
+        elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as leaving:
         return int(leaving.code or 0)
+    chosen = vars(options)
+    del chosen["command"]
     try:
-        code = options.action(options, rest) if options.command else 0
+        code = chosen.pop("action")(**chosen)
         sys.stdout.flush()
         return code
     except CourseError as error:
@@ -65,15 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m course_lib", description=told)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, action: Callable, help: str, among=commands, **more) -> argparse.ArgumentParser:
+    def command(name: str, action: Callable | str, help: str, among=commands, **more) -> argparse.ArgumentParser:
         made = among.add_parser(name, help=help, **{"description": f"{help[0].upper()}{help[1:]}."} | more)
-        made.set_defaults(action=action)
+        made.set_defaults(action=_elsewhere(action) if isinstance(action, str) else action)
         made.add_argument("--notebooks", type=Path, metavar="DIR", default=notebooks_folder(), help="the lessons")
         return made
 
-    lab = command("lab", _lab, "open JupyterLab on a copy of the lessons; all other options are JupyterLab's own")
-    action = _elsewhere("workcopy", "bring_back", "notebooks", "work", "words", "yes")
-    fresh = command("fresh", action, "bring single notebooks of that copy back; yours are kept under another name")
+    told = "open JupyterLab on a copy of the lessons; all other options are JupyterLab's own"
+    lab = command("lab", "workcopy.open_lab", told)
+    told = "bring single notebooks of that copy back; yours are kept under another name"
+    fresh = command("fresh", "workcopy.bring_back", told)
     fresh.add_argument("words", nargs="*", metavar="NOTEBOOK", help="02, 02.4, holding_the_zeros, 02_pruning/practice")
     fresh.add_argument("--yes", action="store_true", help="do not ask first")
     for made in (lab, fresh):
@@ -82,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--work", type=Path, metavar="DIR", default=work, help="the copy (work/, beside the lessons)")
     listing = command("list", _list, "the lessons: article sections, reading and run time")
     listing.add_argument("--paths", action="store_true", help="only their paths")
-    run = command("run", _run, "execute lessons and count their claims; exit code 1 if one fails", epilog=EXAMPLE)
+    told = "execute lessons and count their claims; exit code 1 if one fails"
+    run = command("run", "runner.run_lessons", told, epilog=EXAMPLE)
     again = command("replicate", _replicate, "run lessons under several seeds and tell in docs/claims.md what held")
     for made in (run, again):
         made.add_argument("lessons", nargs="*", metavar="LESSON", help="02, 02.4, pruning ... (default: all)")
@@ -95,8 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--store", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
     run.add_argument("--timeout", type=int, default=3600, metavar="S", help="seconds for a cell (3600; 0: no limit)")
     again.add_argument("--seeds", default="0 1 2 3 4", help="one run each (default: %(default)s)")
-    action = _elsewhere("reports", "show_claims", "paths", "notebooks")
-    claims = command("claims", action, "every claim and what was measured; exit code 1 if one is false")
+    claims = command("claims", reports.show_claims, "every claim and what was measured; exit code 1 if one is false")
     claims.add_argument("paths", nargs="*", type=Path, help="notebooks, folders (default: the newest run)")
     practice = commands.add_parser("practice", help="the practice notebooks: generate, grade")
     parts = practice.add_subparsers(required=True)
@@ -118,9 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(options, rest) -> int:
-    found = find_lessons(options.notebooks)
-    if options.paths:
+def _elsewhere(name: str) -> Callable[..., int]:
+    """A function of another module of the classroom, which is imported when it is asked for."""
+    module, _, function = name.partition(".")
+    return lambda **options: getattr(import_module(f"course_lib.classroom.{module}"), function)(**options)
+
+
+def _list(notebooks: Path, paths: bool) -> int:
+    found = find_lessons(notebooks)
+    if paths:
         print("\n".join(reports.shown_path(lesson.path) for lesson in found))
         return 0
     rows = []
@@ -135,73 +147,44 @@ def _list(options, rest) -> int:
     return 0
 
 
-def _run(options, rest) -> int:
-    more = {name: getattr(options, name) for name in ("output", "timeout", "resume", "store")}
-    return _executed(options, options.seed, **more)
-
-
-def _executed(options, seed: str | None, **more) -> int:
+def _replicate(notebooks: Path, seeds: str, dataset: str | None, **options) -> int:
     from course_lib.classroom.runner import run_lessons
 
-    given = {"dataset": options.dataset, "profile": options.profile, "seed": seed}
-    given = {name: text for name, text in given.items() if text is not None}
-    return run_lessons(options.notebooks, options.lessons, given=given, jobs=options.jobs, **more)
-
-
-def _replicate(options, rest) -> int:
     def run(seed: str, folder: Path) -> int:
-        return _executed(options, seed, output=folder, resume=True)
+        return run_lessons(notebooks, seed=seed, dataset=dataset, output=folder, resume=True, **options)
 
-    seeds = options.seeds.replace(",", " ").split()
-    return reports.replicate(options.notebooks, seeds, options.dataset or "digits", run)
+    return reports.replicate(notebooks, seeds.replace(",", " ").split(), dataset or "digits", run)
 
 
-def _readme(options, rest) -> int:
-    for name in reports.refresh_readme(options.notebooks):
+def _readme(notebooks: Path) -> int:
+    for name in reports.refresh_readme(notebooks):
         print(f"{name}: brought up to date")
     return 0
 
 
-def _generate(options, rest) -> int:
+def _generate(notebooks: Path, check: bool) -> int:
     from course_lib.classroom.practice import generate
 
-    stale = generate(options.notebooks, check=options.check)
+    stale = generate(notebooks, check=check)
     print("\n".join(map(str, stale)) or "all practice notebooks are up to date")
-    return int(options.check and bool(stale))
+    return int(check and bool(stale))
 
 
-def _grade(options, rest) -> int:
+def _grade(**options) -> int:
     from course_lib.classroom.grading import grade
 
-    names = ("folder", "output", "chapter", "jobs", "seconds", "memory", "notebooks")
-    print(f"written: {grade(**{name: getattr(options, name) for name in names})}")
+    print(f"written: {grade(**options)}")
     return 0
 
 
-def _elsewhere(module: str, function: str, *names: str) -> Callable:
-    """A command that lives in another module of the classroom, imported when it is asked for."""
-
-    def action(options, rest) -> int:
-        found = getattr(import_module(f"course_lib.classroom.{module}"), function)
-        return found(**{name: getattr(options, name) for name in names})
-
-    return action
-
-
-def _lab(options, rest) -> int:
-    from course_lib.classroom.workcopy import open_lab
-
-    return open_lab(options.notebooks, options.work, rest)
-
-
-def _doctor(options, rest) -> int:
+def _doctor(fast: bool, room: int | None, notebooks: Path) -> int:
     from course_lib.classroom.doctor import examine
     from course_lib.classroom.room import room_for
 
-    return examine([] if options.room is None else [room_for(options.room)], fast=options.fast)
+    return examine([] if room is None else [room_for(room)], fast=fast)
 
 
-def _bench(options, rest) -> int:
+def _bench(notebooks: Path) -> int:
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -253,9 +236,9 @@ def bench_pairs() -> dict[str, tuple[Callable, Callable, int, float]]:
         soft = kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
         0.5 * cross_entropy(student, labels) + 0.5 * 16 * soft
 
-    pairs = {}
-    for name, bound in (("mlp32", 8.0), ("cnn_student", 3.0)):
-        told = f"{name}, a loop over {len(seeds)} trainings against one batched pass"
-        pairs[told] = partial(loop, name), partial(batched, name), 1, bound
-    ours = partial(kd_loss, student, teacher, labels, temperature=4.0, alpha=0.5)
-    return pairs | {"kd_loss against the bare formula": (ours, bare, 500, 1.3)}
+    told, ours = "a loop over 32 trainings against one batched pass", partial(kd_loss, temperature=4.0, alpha=0.5)
+    return {
+        f"mlp32, {told}": (partial(loop, "mlp32"), partial(batched, "mlp32"), 1, 8.0),
+        f"cnn_student, {told}": (partial(loop, "cnn_student"), partial(batched, "cnn_student"), 1, 3.0),
+        "kd_loss against the bare formula": (partial(ours, student, teacher, labels), bare, 500, 1.3),
+    }

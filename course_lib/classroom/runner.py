@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -43,27 +43,27 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run_lessons(
-    notebooks: Path, words: Iterable[str] = (), *, given: Mapping[str, str] | None = None,
-    output: Path | None = None, jobs: int = 1, timeout: int = 3600, resume: bool = False, store: bool = False,
+    notebooks: Path, lessons: Iterable[str] = (), *, output: Path | None = None, jobs: int = 1, timeout: int = 3600,
+    resume: bool = False, store: bool = False, **settings: str | None,
 ) -> int:  # fmt: skip
     """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
-    ``words`` say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``given`` are texts for
-    ``dataset``, ``profile`` and ``seed``, where they are to differ from the lessons' own.
+    ``lessons`` are words that say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``settings`` are
+    texts for ``dataset``, ``profile`` and ``seed``, where they are to differ from the lessons' own.
     ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed from the same bytes,
     values, library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
 
     Returns 0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
     everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
     """
-    given = given or {}
+    given = {name: text for name, text in settings.items() if text is not None}
     if store and (given or resume or output):
         raise CourseError("--store executes lessons with their own parameters, into notebooks/; it takes only --jobs")
     if jobs < 1 or timeout < 0:
         raise CourseError(f"--jobs must be at least 1 and --timeout at least 0, got {jobs} and {timeout}")
     if output and output.resolve() == notebooks.resolve():
         raise CourseError("--output must not be the folder of the lessons themselves; --store is what writes there")
-    lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(words))]
+    lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(lessons))]
     for name in given:
         if not any(name in lesson.parameters for lesson in lessons):
             raise CourseError(f"no selected lesson has a parameter {name!r}")

@@ -95,9 +95,9 @@ def part(value, low, high):
 def test_replicate_tells_where_each_claim_held_and_keeps_earlier_runs(root, monkeypatch):
     made = []
 
-    def run_lessons(notebooks, words, *, given, output, jobs, resume):
-        made.append((given, output.name, jobs, resume))
-        seed, mnist = int(given["seed"]), "dataset" in given
+    def run_lessons(notebooks, *, lessons, seed, dataset, profile, output, jobs, resume):
+        made.append((seed, output.name, jobs, resume))
+        seed, mnist = int(seed), dataset == "mnist"
         sentence = "Sentence of 01.a" + ", reworded." * (seed == 2)
         good = claim("01.a", parts=[part(seed, seed - 0.6, seed + 0.6)], measured=f"{seed}.0", sentence=sentence)
         bad = claim("06.a", "not here" if mnist else "fails", verdict="undecided", expected="a gain", lesson="06.1")
@@ -109,7 +109,7 @@ def test_replicate_tells_where_each_claim_held_and_keeps_earlier_runs(root, monk
     again = ("replicate", "--jobs", 2, "--notebooks", root / "notebooks", "--seeds")
     assert course(*again, "0 1")[0] == 0
     assert course(*again, "3", "--dataset", "mnist")[0] == 0
-    assert made[0] == ({"seed": "0"}, "digits-0", 2, True)
+    assert made[0] == ("0", "digits-0", 2, True)
     assert [name for _, name, _, _ in made] == ["digits-0", "digits-1", "mnist-3"]
     page = (root / "docs" / "claims.md").read_text()
     assert "Of 2 claims 1 hold in every run on the default data (digits). Of 2 intervals 2 contain the mean" in page
