@@ -181,7 +181,7 @@ def _doctor(fast: bool, room: int | None, notebooks: Path) -> int:
     from course_lib.classroom.doctor import examine
     from course_lib.classroom.room import room_for
 
-    return examine([] if room is None else [room_for(room)], fast=fast)
+    return examine({} if room is None else {"room": room_for(room)}, fast=fast)
 
 
 def _bench(notebooks: Path) -> int:

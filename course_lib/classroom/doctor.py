@@ -11,7 +11,8 @@ import sysconfig
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -27,17 +28,19 @@ _WIDE = {"avx2": "AVX2", "avx512_f": "AVX-512", "neon": "NEON", "sve": "SVE"}
 
 Finding = tuple[str, str, str, str]
 """Status, what was looked at, what was found, and what to do unless all is well."""
+Check = Callable[[], Iterator[Finding]]
 
 
-def examine(more: Iterable[Callable[[], Iterator[Finding]]] = (), *, fast: bool = False) -> int:
+def examine(more: Mapping[str, Check] | None = None, *, fast: bool = False) -> int:
     """Run every check, and ``more``, and print the findings as they come; 1 if one is to be mended, else 0.
 
     ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there.
     """
     warnings.simplefilter("ignore")  # of the tools about themselves, such as a home that cannot be written
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
-    data, kernel = (_data_unread, []) if fast else (_data, [_kernel])
-    for check in (_python, _packages, _processor, data, _places, _onnxruntime, _jupyter, *kernel, *more):
+    checks = {"python": _python, "packages": _packages, "processor": _processor, "data": partial(_data, read=not fast)}
+    checks |= {"places": _places, "onnxruntime": _onnxruntime, "jupyter": _jupyter}
+    for checked, check in (checks | ({} if fast else {"kernel": _kernel}) | (more or {})).items():
         try:
             for status, name, told, mend in check():
                 counts[status] += 1
@@ -45,7 +48,7 @@ def examine(more: Iterable[Callable[[], Iterator[Finding]]] = (), *, fast: bool 
                 print(f"{status:5} {name:12} {' '.join(told.split())}{arrow}", flush=True)
         except Exception as error:
             counts[FAIL] += 1
-            print(f"{FAIL:5} {check.__name__[1:]:12} {type(error).__name__}: {error}\n{'':18} -> make setup")
+            print(f"{FAIL:5} {checked:12} {type(error).__name__}: {error}\n{'':18} -> make setup")
     print(f"{counts[OK]} ok, {counts[WARN]} to know about, {counts[FAIL]} to mend")
     return 1 if counts[FAIL] else 0
 
@@ -80,9 +83,8 @@ def _python() -> Iterator[Finding]:
     mend = without_torch(platform.system(), platform.machine(), libc, struct.calcsize("P") * 8)
     yield found("system", f"{platform.system()} {platform.machine()}", mend, FAIL)
     own = Path(sys.prefix).resolve() in (ROOT / ".venv", Path(os.environ.get("CONDA_PREFIX") or ROOT).resolve())
-    yield found(
-        "environment", sys.prefix, "" if own else "neither .venv nor conda; if packages are missing: make setup"
-    )
+    mend = "" if own else "neither .venv nor conda; if packages are missing: make setup"
+    yield found("environment", sys.prefix, mend)
 
 
 def _packages() -> Iterator[Finding]:
@@ -91,8 +93,8 @@ def _packages() -> Iterator[Finding]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     entries = map(Requirement, (ROOT / "requirements.lock").read_text(encoding="utf-8").split("\n")[:-1])
     locked = {e.name.lower(): str(e.specifier)[2:] for e in entries if e.marker is None or e.marker.evaluate()}
-    wrong = 0
-    for name in (names := [Requirement(text).name.lower() for text in project["dependencies"]]):
+    names, wrong = [Requirement(text).name.lower() for text in project["dependencies"]], 0
+    for name in names:
         try:
             # A build for one kind of processor, such as 2.15.0+cpu, is the same version.
             installed = metadata.version(name).partition("+")[0]
@@ -100,8 +102,7 @@ def _packages() -> Iterator[Finding]:
             installed = "missing"
         if installed != locked[name]:
             wrong += 1
-            mend = "delete .venv/installed.lock, then: make setup"
-            yield FAIL, name, f"{installed} (locked: {locked[name]})", mend
+            yield FAIL, name, f"{installed} (locked: {locked[name]})", "delete .venv/installed.lock, then: make setup"
     import torch
     import torchvision
 
@@ -121,10 +122,6 @@ def _processor() -> Iterator[Finding]:
     if able and not any(able.get(name) for name in _INT8):
         mend = "nothing to mend: int8 may be no faster here, and such claims are then reported, not failed"
         yield found("int8", "no VNNI, AMX or Arm dot product", mend)
-
-
-def _data_unread() -> Iterator[Finding]:
-    return _data(read=False)
 
 
 def _data(read: bool = True) -> Iterator[Finding]:

@@ -10,10 +10,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from course_lib.classroom.doctor import Finding, found
+from course_lib.classroom.doctor import Check, Finding, found
 from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_folder, read_notebook
 from course_lib.classroom.runner import run_lessons, usable_cores
 from course_lib.files import cache_folder
@@ -42,23 +43,23 @@ print(json.dumps([most, getattr(me.memory_info(), "shared", 0), sum(me.cpu_times
 """
 
 
-def room_for(learners: int) -> Callable[[], Iterator[Finding]]:
+def room_for(learners: int) -> Check:
     """The doctor's check of a room: versions, disk, memory, time, ports, data.
 
     Memory and time are those of lesson 02.1, which it runs. CourseError: fewer than one learner.
     """
     if learners < 1:
         raise CourseError(f"--room takes the number of learners, at least 1, got {learners}")
+    return partial(_room, learners)
 
-    def _room() -> Iterator[Finding]:
-        lessons = {lesson.number: lesson.read() for lesson in find_lessons(notebooks_folder())}
-        yield found("room", f"{learners} learners, each with one open lesson, on {usable_cores()} cores")
-        yield from _once(learners)
-        yield from _measured(learners, lessons[LESSON].path)
-        seconds = [lesson.seconds for lesson in lessons.values() if lesson.seconds]
-        yield found("lesson", f"on two quiet cores {statistics.median(seconds):g} s, at most {max(seconds):g}")
 
-    return _room
+def _room(learners: int) -> Iterator[Finding]:
+    lessons = {lesson.number: lesson.read() for lesson in find_lessons(notebooks_folder())}
+    yield found("room", f"{learners} learners, each with one open lesson, on {usable_cores()} cores")
+    yield from _once(learners)
+    yield from _measured(learners, lessons[LESSON].path)
+    seconds = [lesson.seconds for lesson in lessons.values() if lesson.seconds]
+    yield found("lesson", f"on two quiet cores {statistics.median(seconds):g} s, at most {max(seconds):g}")
 
 
 def _once(learners: int) -> Iterator[Finding]:
@@ -67,9 +68,7 @@ def _once(learners: int) -> Iterator[Finding]:
 
     told = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}: the same on all"
     yield found("versions", told)
-    installed, copy = (
-        sum(path.lstat().st_size for path in _files(folder)) for folder in (Path(sys.prefix), notebooks_folder())
-    )
+    installed, copy = (sum(map(os.path.getsize, _files(f))) for f in (Path(sys.prefix), notebooks_folder()))
     told = f"{installed / 1e9:.1f} GB once for {sys.prefix}, {learners * copy / 1e6:.0f} MB for all working copies"
     yield found("disk", told)
     taken = [port for port in (8000, 8888) if not _free(port)]
