@@ -49,14 +49,14 @@ def run_lessons(
     """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
     ``lessons`` are words that say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``settings`` are
-    texts for ``dataset``, ``profile`` and ``seed``, where they are to differ from the lessons' own.
+    texts for ``dataset``, ``profile`` and ``seed``, for the lessons that have them.
     ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed from the same bytes,
     values, library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
 
     Returns 0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
     everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
     """
-    given = {name: text for name, text in settings.items() if text is not None}
+    given = {name: given_value(name, text) for name, text in settings.items() if text is not None}
     if store and (given or resume or output):
         raise CourseError("--store executes lessons with their own parameters, into notebooks/; it takes only --jobs")
     if jobs < 1 or timeout < 0:
@@ -64,10 +64,6 @@ def run_lessons(
     if output and output.resolve() == notebooks.resolve():
         raise CourseError("--output must not be the folder of the lessons themselves; --store is what writes there")
     lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(lessons))]
-    for name in given:
-        if not any(name in lesson.parameters for lesson in lessons):
-            raise CourseError(f"no selected lesson has a parameter {name!r}")
-    given = {name: given_value(name, text) for name, text in given.items()}
     values = {one.number: {n: given.get(n, default) for n, default in one.parameters.items()} for one in lessons}
     for name in sorted({each.get("dataset", "digits") for each in values.values()} - {"digits"}):
         check_data(name)

@@ -29,15 +29,15 @@ def _softmax(logits, temperature, dim=-1, steady=True, power=-1, after=False):
     return e / e.sum(dim, keepdim=True) * (temperature**power if after else 1)
 
 
-def _soft(student_logits, teacher_logits, temperature, power=2, swap=False, over=1, part=None, steady=True, own=True,
-          twice=False):  # fmt: skip
+def _soft(student_logits, teacher_logits, temperature, power=2, swap=False, reduction="batchmean", part=None,
+          steady=True, own=True, twice=False):  # fmt: skip
     student, teacher = (teacher_logits, student_logits) if swap else (student_logits, teacher_logits)
     student = teacher if twice else student
     log_q = _log_softmax(student / (temperature if own else 1), steady)
     log_p = _log_softmax(teacher / temperature, steady)
     each = (log_p.exp() * (log_p - log_q)).sum(-1)
-    mean = each.mean() / (student.shape[-1] if over == "classes" else 1)
-    loss = temperature**power * (each.sum() if over is None else mean)
+    mean = {"batchmean": each.mean(), "mean": each.mean() / student.shape[-1], "sum": each.sum()}
+    loss = temperature**power * mean[reduction]
     return part(loss) if part else loss
 
 
@@ -117,8 +117,8 @@ _CHAPTER_04 = [
         "T is missing where T² belongs.": dict(power=1),
         "Teacher and student are swapped: the teacher's probabilities weigh the sum.": dict(swap=True),
         "`mean` divides by the classes as well: sum over classes, mean over images (`batchmean`).": dict(
-            over="classes"),
-        "That is the sum over the images; their mean is asked for.": dict(over=None),
+            reduction="mean"),
+        "That is the sum over the images; their mean is asked for.": dict(reduction="sum"),
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
         "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
         "The value is right, but no gradient reaches the student.": dict(part=lambda loss: loss.item()),
@@ -170,7 +170,7 @@ def _bug(name, **fault):
 
 
 _BUGS = dict([_bug("none"), _bug("no T²", power=0), _bug("swapped", swap=True), _bug("teacher twice", twice=True),
-              _bug("mean over classes", over="classes")])  # fmt: skip
+              _bug("mean over classes", reduction="mean")])  # fmt: skip
 
 
 def _diagnose(loss, always=None, T=2.0):
@@ -229,7 +229,7 @@ _CHAPTER_05 = [
          "2 to 10 classes, T from 0.5 to 4, α from 0 to 1; value and gradient.", _lessons, {
         "T² is missing in the soft term.": dict(power=0),
         "Teacher and student are swapped in the soft term.": dict(swap=True),
-        "`mean` divides by the classes as well; the soft term's reduction is `batchmean`.": dict(over="classes"),
+        "`mean` divides by the classes as well; the soft term's reduction is `batchmean`.": dict(reduction="mean"),
         "α and 1 − α are swapped: here α weighs the soft term.": lambda s, t, y, T, a: _kd(s, t, y, T, 1 - a),
         "The labels' term is at T as well; cross-entropy is always at T = 1.": dict(hard=None),
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
