@@ -174,7 +174,13 @@ def test_right_answers_from_elsewhere_pass(name, answer):
         assert (result := judge(TASKS[name], answer, seed)), result
 
 
-UNLISTED = [
+def overflow_at_half(weights, inputs, bias, bits):
+    sums = bias + np.cumsum(np.multiply(weights, inputs))
+    return next((i for i, total in enumerate(sums) if abs(total) > 2 ** (bits - 1)), None)
+
+
+# As people write them: first what is in no list, then what is.
+WRONG = [
     ("rank_mask", lambda w, s: torch.tensor([True, True, False, False, True, False]), "right at"),  # hard-coded
     ("rank_mask", lambda w, s: ANSWERS["rank_mask"](w, s).float(), "float32 tensor"),
     ("rank_mask", lambda w, s: ANSWERS["rank_mask"](w, s).flatten(), "shape"),
@@ -192,11 +198,19 @@ UNLISTED = [
     ("fit_temperature", lambda z, y: -ANSWERS["fit_temperature"](z, y), "sign"),
     ("hold_zeros", lambda masks: masks, "raised TypeError"),
     ("cubic_sparsity", lambda step, steps, final: print("debug"), "hides what it prints"),
-]
+    ("paired_interval", lambda a, b: stats.norm.interval(0.95, np.subtract(a, b).mean(), stats.sem(np.subtract(a, b))),
+     "1.96 is for many seeds"),
+    ("soft_target_loss", lambda s, t, T: distillation.soft_target_loss(s, t, temperature=T) / T**2, "T² is missing."),
+    ("soft_target_loss", lambda s, t, T: T**2 * F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="mean"),
+     "divides by the classes as well"),
+    ("t_squared_gradient", lambda s, t, T: T**2 * ((s / T).softmax(1) - (t / T).softmax(1)) / len(s), "T² times 1/T"),
+    ("kd_loss", lambda s, t, y, T, a: distillation.kd_loss(s, t, y, temperature=T, alpha=1 - a), "1 − α are swapped"),
+    ("overflow_at", overflow_at_half, "2^(bits − 1) itself does not fit"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "answer", "told"), UNLISTED, ids=[told for _, _, told in UNLISTED])
-def test_wrong_answers_that_nobody_listed_do_not_pass(name, answer, told):
+@pytest.mark.parametrize(("name", "answer", "told"), WRONG, ids=[told for _, _, told in WRONG])
+def test_wrong_answers_do_not_pass_and_are_told_why(name, answer, told):
     for seed in range(3):
         result = judge(TASKS[name], answer, seed)
         assert not result.passed
