@@ -204,6 +204,8 @@ WRONG = [
     ("soft_target_loss", lambda s, t, T: T**2 * F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="mean"),
      "divides by the classes as well"),
     ("t_squared_gradient", lambda s, t, T: T**2 * ((s / T).softmax(1) - (t / T).softmax(1)) / len(s), "T² times 1/T"),
+    ("t_squared_gradient", lambda s, t, T: T * ((s / T).softmax(1) - (t / T).softmax(1)), "by how many there are"),
+    ("hold_zeros", lambda masks: lambda p, step: step or [p[n].mul_(m) for n, m in masks.items()], "one step only"),
     ("kd_loss", lambda s, t, y, T, a: distillation.kd_loss(s, t, y, temperature=T, alpha=1 - a), "1 − α are swapped"),
     ("overflow_at", overflow_at_half, "2^(bits − 1) itself does not fit"),
 ]  # fmt: skip
