@@ -11,7 +11,7 @@ import html
 import inspect
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral, Real
@@ -141,26 +141,23 @@ def _call(task: Task, function: Callable, case: tuple) -> _Outcome:
     return _Outcome(value, error, changed, blank)
 
 
-def with_gradient(function: Callable, x: Tensor, *rest: Any, also: Sequence[int] = ()) -> dict[str, Any]:
-    """For ``observe``: what the function gives, and the gradient that reaches ``x`` (and ``rest[i]`` for i in also).
+def with_gradient(function: Callable, *given: Any, at: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """For ``observe``: what the function gives, and the gradients that reach the arguments at these places.
 
     >>> with_gradient(lambda x: (x**2).sum(), torch.tensor([3.0]))
     {'value': tensor(9.), 'gradient': tensor([6.])}
     """
-    watched = [x, *(rest[i] for i in also)]
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in watched]
-    inputs = [leaf.clone() for leaf in leaves]  # like logits, which may be changed in place
-    rest = [inputs[1 + list(also).index(i)] if i in also else value for i, value in enumerate(rest)]
-    value = function(inputs[0], *rest)
-    for tensor, now in zip(watched, inputs, strict=True):
-        tensor.copy_(now.detach())
-    slopes = [torch.zeros_like(leaf) for leaf in leaves]
+    leaves = {i: given[i].detach().clone().requires_grad_() for i in at}
+    inputs = [leaves[i].clone() if i in at else x for i, x in enumerate(given)]  # like logits, free to be changed
+    value = function(*inputs)
+    for i in at:
+        given[i].copy_(inputs[i].detach())
+    slopes = [torch.zeros_like(leaf) for leaf in leaves.values()]
     if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
         upstream = torch.arange(1, value.numel() + 1, dtype=value.dtype).view(value.shape)
-        found = torch.autograd.grad(value, leaves, upstream, allow_unused=True)
-        slopes = [zero if slope is None else slope for slope, zero in zip(found, slopes, strict=True)]
+        slopes = torch.autograd.grad(value, [*leaves.values()], upstream, allow_unused=True, materialize_grads=True)
     value = value.detach() if isinstance(value, Tensor) else value
-    names = ["gradient", *(f"gradient of argument {i + 2}" for i in also)]
+    names = (f"gradient of argument {i + 1}" if i else "gradient" for i in at)
     return {"value": value} | dict(zip(names, slopes, strict=True))
 
 
@@ -179,8 +176,9 @@ def _gap(task: Task, given: _Outcome, right: _Outcome, case: tuple) -> str:
 
 
 def _alike(task: Task, given: _Outcome, wrong: _Outcome) -> bool:
-    same = not _difference(given.value, wrong.value, task.tolerance) if given.error is wrong.error else False
-    return same or (given.error is not None and type(given.error) is type(wrong.error))
+    if given.error is not None or wrong.error is not None:
+        return type(given.error) is type(wrong.error)
+    return not _difference(given.value, wrong.value, task.tolerance)
 
 
 def _difference(got: Any, want: Any, tolerance: float) -> str:

@@ -16,6 +16,11 @@ from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_fo
 
 __all__ = ["main"]
 
+MALICE = (
+    "Runs the code of every notebook against our checks, each in a process with a limit of time and memory and a "
+    "scratch folder. That guards against accidents, not against malice: where you cannot trust the notebooks, run it "
+    "in a container, or as a user who owns nothing."
+)
 EXAMPLE = "For instance `run 02 05.1 --dataset mnist --jobs 2`: a chapter and a lesson on MNIST, two at once."
 
 
@@ -31,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(argv)
         if options.command is None:
             parser.print_help()
-        elif rest and options.command not in ("practice", "lab"):
+            return 0
+        if options.command == "lab":
+            options.flags = rest
+        elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as leaving:
         return int(leaving.code or 0)
+    chosen = vars(options)
+    del chosen["command"]
     try:
-        code = options.action(options, rest) if options.command else 0
+        code = chosen.pop("action")(**chosen)
         sys.stdout.flush()
         return code
     except CourseError as error:
@@ -60,15 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m course_lib", description=told)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, action: Callable, help: str, **more) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
-        made.set_defaults(action=action)
+    def command(name: str, action: Callable | str, help: str, among=commands, **more) -> argparse.ArgumentParser:
+        made = among.add_parser(name, help=help, **{"description": f"{help[0].upper()}{help[1:]}."} | more)
+        made.set_defaults(action=_elsewhere(action) if isinstance(action, str) else action)
         made.add_argument("--notebooks", type=Path, metavar="DIR", default=notebooks_folder(), help="the lessons")
         return made
 
-    lab = command("lab", _lab, "open JupyterLab on a copy of the lessons; all other options are JupyterLab's own")
-    action = _elsewhere("workcopy", "bring_back", "notebooks", "work", "words", "yes")
-    fresh = command("fresh", action, "bring single notebooks of that copy back; yours are kept under another name")
+    told = "open JupyterLab on a copy of the lessons; all other options are JupyterLab's own"
+    lab = command("lab", "workcopy.open_lab", told)
+    told = "bring single notebooks of that copy back; yours are kept under another name"
+    fresh = command("fresh", "workcopy.bring_back", told)
     fresh.add_argument("words", nargs="*", metavar="NOTEBOOK", help="02, 02.4, holding_the_zeros, 02_pruning/practice")
     fresh.add_argument("--yes", action="store_true", help="do not ask first")
     for made in (lab, fresh):
@@ -77,13 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--work", type=Path, metavar="DIR", default=work, help="the copy (work/, beside the lessons)")
     listing = command("list", _list, "the lessons: article sections, reading and run time")
     listing.add_argument("--paths", action="store_true", help="only their paths")
-    run = command("run", _run, "execute lessons and count their claims; exit code 1 if one fails", epilog=EXAMPLE)
+    told = "execute lessons and count their claims; exit code 1 if one fails"
+    run = command("run", "runner.run_lessons", told, epilog=EXAMPLE)
     again = command("replicate", _replicate, "run lessons under several seeds and tell in docs/claims.md what held")
     for made in (run, again):
         made.add_argument("lessons", nargs="*", metavar="LESSON", help="02, 02.4, pruning ... (default: all)")
         made.add_argument("--dataset", help="digits (default, needs no network), mnist, fashion_mnist, kmnist, cifar10")
         made.add_argument("--profile", help="quick (default) or full: more seeds, longer training")
-        made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="any parameter")
         made.add_argument("--jobs", type=int, default=1, metavar="N", help="lessons at once; they share the cores")
     run.add_argument("--seed", help="of the first replica, an integer from 0 (default: 0)")
     run.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (build/course/DATASET-PROFILE)")
@@ -91,12 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--store", action="store_true", help="store the outputs in notebooks/ itself, cleaned")
     run.add_argument("--timeout", type=int, default=3600, metavar="S", help="seconds for a cell (3600; 0: no limit)")
     again.add_argument("--seeds", default="0 1 2 3 4", help="one run each (default: %(default)s)")
-    action = _elsewhere("reports", "show_claims", "paths", "notebooks")
-    claims = command("claims", action, "every claim and what was measured; exit code 1 if one is false")
+    claims = command("claims", reports.show_claims, "every claim and what was measured; exit code 1 if one is false")
     claims.add_argument("paths", nargs="*", type=Path, help="notebooks, folders (default: the newest run)")
-    command("practice", _elsewhere("practice", "main"), "the practice notebooks: generate, grade", add_help=False)
-    action = _elsewhere("doctor", "examine", "fast", "room")
-    doctor = command("doctor", action, "check this installation and say how to mend it")
+    practice = commands.add_parser("practice", help="the practice notebooks: generate, grade")
+    parts = practice.add_subparsers(required=True)
+    made = command("generate", _generate, "write notebooks/NN_name/practice.ipynb from notebooks/solutions/", parts)
+    made.add_argument("--check", action="store_true", help="change nothing; exit code 1 if one is not up to date")
+    told = "grade a folder of notebooks; this runs the code in them"
+    grade = command("grade", _grade, told, parts, description=MALICE)
+    grade.add_argument("folder", type=Path, help="with *.ipynb, also in folders of it; or one notebook")
+    grade.add_argument("--output", type=Path, metavar="CSV", help="default: FOLDER/grades.csv; what is there goes on")
+    grade.add_argument("--chapter", metavar="NN", help="default: the one whose tasks a notebook has")
+    grade.add_argument("--jobs", type=int, metavar="N", help="notebooks at once (default: one a core)")
+    grade.add_argument("--seconds", type=float, default=20, metavar="S", help="for a cell or a check (20)")
+    grade.add_argument("--memory", type=float, default=4, metavar="GB", help="for a notebook (4)")
+    doctor = command("doctor", _doctor, "check this installation and say how to mend it")
     doctor.add_argument("--fast", action="store_true", help="leave out starting a kernel and reading data sets")
     doctor.add_argument("--room", type=int, metavar="N", help="and what a teacher of N learners must know beforehand")
     command("bench", _bench, "batched training and kd_loss against the usual ways, side by side")
@@ -104,9 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(options, rest) -> int:
-    found = find_lessons(options.notebooks)
-    if options.paths:
+def _elsewhere(name: str) -> Callable[..., int]:
+    """A function of another module of the classroom, which is imported when it is asked for."""
+    module, _, function = name.partition(".")
+    return lambda **options: getattr(import_module(f"course_lib.classroom.{module}"), function)(**options)
+
+
+def _list(notebooks: Path, paths: bool) -> int:
+    found = find_lessons(notebooks)
+    if paths:
         print("\n".join(reports.shown_path(lesson.path) for lesson in found))
         return 0
     rows = []
@@ -121,59 +147,44 @@ def _list(options, rest) -> int:
     return 0
 
 
-def _given(options, **more: str | None) -> dict[str, str]:
-    given = {"dataset": options.dataset, "profile": options.profile, **more}
-    given = {name: text for name, text in given.items() if text is not None}
-    for assignment in options.parameter:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.isidentifier():
-            raise CourseError(f"-p takes NAME=VALUE, got {assignment!r}")
-        if given.setdefault(name, text) != text:
-            raise CourseError(f"{name} is given twice: {given[name]!r} and {text!r}")
-    return given
-
-
-def _run(options, rest) -> int:
-    from course_lib.classroom.runner import run_lessons
-
-    more = {name: getattr(options, name) for name in ("output", "jobs", "timeout", "resume", "store")}
-    return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=options.seed), **more)
-
-
-def _replicate(options, rest) -> int:
+def _replicate(notebooks: Path, seeds: str, dataset: str | None, **options) -> int:
     from course_lib.classroom.runner import run_lessons
 
     def run(seed: str, folder: Path) -> int:
-        more = {"output": folder, "jobs": options.jobs, "resume": True}
-        return run_lessons(options.notebooks, options.lessons, given=_given(options, seed=seed), **more)
+        return run_lessons(notebooks, seed=seed, dataset=dataset, output=folder, resume=True, **options)
 
-    seeds = options.seeds.replace(",", " ").split()
-    return reports.replicate(options.notebooks, seeds, options.dataset or "digits", run)
+    return reports.replicate(notebooks, seeds.replace(",", " ").split(), dataset or "digits", run)
 
 
-def _readme(options, rest) -> int:
-    for name in reports.refresh_readme(options.notebooks):
+def _readme(notebooks: Path) -> int:
+    for name in reports.refresh_readme(notebooks):
         print(f"{name}: brought up to date")
     return 0
 
 
-def _elsewhere(module: str, function: str, *names: str) -> Callable:
-    """A command that lives in another module of the classroom, imported when it is asked for."""
+def _generate(notebooks: Path, check: bool) -> int:
+    from course_lib.classroom.practice import generate
 
-    def action(options, rest) -> int:
-        found = getattr(import_module(f"course_lib.classroom.{module}"), function)
-        return found(**{name: getattr(options, name) for name in names}) if names else found(rest)
-
-    return action
+    stale = generate(notebooks, check=check)
+    print("\n".join(map(str, stale)) or "all practice notebooks are up to date")
+    return int(check and bool(stale))
 
 
-def _lab(options, rest) -> int:
-    from course_lib.classroom.workcopy import open_lab
+def _grade(**options) -> int:
+    from course_lib.classroom.grading import grade
 
-    return open_lab(options.notebooks, options.work, rest)
+    print(f"written: {grade(**options)}")
+    return 0
 
 
-def _bench(options, rest) -> int:
+def _doctor(fast: bool, room: int | None, notebooks: Path) -> int:
+    from course_lib.classroom.doctor import examine
+    from course_lib.classroom.room import room_for
+
+    return examine({} if room is None else {"room": room_for(room)}, fast=fast)
+
+
+def _bench(notebooks: Path) -> int:
     import torch
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -225,9 +236,9 @@ def bench_pairs() -> dict[str, tuple[Callable, Callable, int, float]]:
         soft = kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
         0.5 * cross_entropy(student, labels) + 0.5 * 16 * soft
 
-    pairs = {}
-    for name, bound in (("mlp32", 8.0), ("cnn_student", 3.0)):
-        told = f"{name}, a loop over {len(seeds)} trainings against one batched pass"
-        pairs[told] = partial(loop, name), partial(batched, name), 1, bound
-    ours = partial(kd_loss, student, teacher, labels, temperature=4.0, alpha=0.5)
-    return pairs | {"kd_loss against the bare formula": (ours, bare, 500, 1.3)}
+    told, ours = "a loop over 32 trainings against one batched pass", partial(kd_loss, temperature=4.0, alpha=0.5)
+    return {
+        f"mlp32, {told}": (partial(loop, "mlp32"), partial(batched, "mlp32"), 1, 8.0),
+        f"cnn_student, {told}": (partial(loop, "cnn_student"), partial(batched, "cnn_student"), 1, 3.0),
+        "kd_loss against the bare formula": (partial(ours, student, teacher, labels), bare, 500, 1.3),
+    }

@@ -11,14 +11,15 @@ import sysconfig
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import course_lib
 
-__all__ = ["examine", "without_torch"]
+__all__ = ["Finding", "examine", "found", "without_torch"]
 
 ROOT = Path(course_lib.__file__).resolve().parents[1]
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -27,23 +28,19 @@ _WIDE = {"avx2": "AVX2", "avx512_f": "AVX-512", "neon": "NEON", "sve": "SVE"}
 
 Finding = tuple[str, str, str, str]
 """Status, what was looked at, what was found, and what to do unless all is well."""
+Check = Callable[[], Iterator[Finding]]
 
 
-def examine(*, fast: bool = False, room: int | None = None) -> int:
-    """Run every check and print the findings as they come; 1 if one is to be mended, else 0.
+def examine(more: Mapping[str, Check] | None = None, *, fast: bool = False) -> int:
+    """Run every check, and ``more``, and print the findings as they come; 1 if one is to be mended, else 0.
 
-    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there. ``room``, a number
-    of learners, adds what a teacher must know beforehand.
+    ``fast`` leaves out what takes seconds: starting a kernel, reading the data sets that are there.
     """
     warnings.simplefilter("ignore")  # of the tools about themselves, such as a home that cannot be written
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
-    checks = [_python, _packages, _processor, _data_unread if fast else _data, _places, _onnxruntime, _jupyter]
-    checks += [] if fast else [_kernel]
-    if room is not None:
-        from course_lib.classroom.room import room_for
-
-        checks.append(room_for(room))
-    for check in checks:
+    checks = {"python": _python, "packages": _packages, "processor": _processor, "data": partial(_data, read=not fast)}
+    checks |= {"places": _places, "onnxruntime": _onnxruntime, "jupyter": _jupyter}
+    for checked, check in (checks | ({} if fast else {"kernel": _kernel}) | (more or {})).items():
         try:
             for status, name, told, mend in check():
                 counts[status] += 1
@@ -51,7 +48,7 @@ def examine(*, fast: bool = False, room: int | None = None) -> int:
                 print(f"{status:5} {name:12} {' '.join(told.split())}{arrow}", flush=True)
         except Exception as error:
             counts[FAIL] += 1
-            print(f"{FAIL:5} {check.__name__[1:]:12} {type(error).__name__}: {error}\n{'':18} -> make setup")
+            print(f"{FAIL:5} {checked:12} {type(error).__name__}: {error}\n{'':18} -> make setup")
     print(f"{counts[OK]} ok, {counts[WARN]} to know about, {counts[FAIL]} to mend")
     return 1 if counts[FAIL] else 0
 
@@ -73,7 +70,7 @@ def without_torch(system: str, machine: str, libc: str, bits: int) -> str:
     return told and f"{told}, or read the stored outputs, for which nothing is needed"
 
 
-def _found(name: str, told: object, mend: str = "", status: str = WARN) -> Finding:
+def found(name: str, told: object, mend: str = "", status: str = WARN) -> Finding:
     """A finding that is well if there is nothing to mend, and of that status otherwise."""
     return status if mend else OK, name, str(told), mend
 
@@ -81,14 +78,13 @@ def _found(name: str, told: object, mend: str = "", status: str = WARN) -> Findi
 def _python() -> Iterator[Finding]:
     old = sys.version_info[:2] < (3, 11)
     mend = "install Python 3.11 or newer, remove .venv, then: make PYTHON=python3.11 setup" if old else ""
-    yield _found("Python", f"{platform.python_version()} ({sys.executable})", mend, FAIL)
+    yield found("Python", f"{platform.python_version()} ({sys.executable})", mend, FAIL)
     libc = "musl" if "musl" in (sysconfig.get_config_var("HOST_GNU_TYPE") or "") else "glibc"
     mend = without_torch(platform.system(), platform.machine(), libc, struct.calcsize("P") * 8)
-    yield _found("system", f"{platform.system()} {platform.machine()}", mend, FAIL)
+    yield found("system", f"{platform.system()} {platform.machine()}", mend, FAIL)
     own = Path(sys.prefix).resolve() in (ROOT / ".venv", Path(os.environ.get("CONDA_PREFIX") or ROOT).resolve())
-    yield _found(
-        "environment", sys.prefix, "" if own else "neither .venv nor conda; if packages are missing: make setup"
-    )
+    mend = "" if own else "neither .venv nor conda; if packages are missing: make setup"
+    yield found("environment", sys.prefix, mend)
 
 
 def _packages() -> Iterator[Finding]:
@@ -97,8 +93,8 @@ def _packages() -> Iterator[Finding]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     entries = map(Requirement, (ROOT / "requirements.lock").read_text(encoding="utf-8").split("\n")[:-1])
     locked = {e.name.lower(): str(e.specifier)[2:] for e in entries if e.marker is None or e.marker.evaluate()}
-    wrong = 0
-    for name in (names := [Requirement(text).name.lower() for text in project["dependencies"]]):
+    names, wrong = [Requirement(text).name.lower() for text in project["dependencies"]], 0
+    for name in names:
         try:
             # A build for one kind of processor, such as 2.15.0+cpu, is the same version.
             installed = metadata.version(name).partition("+")[0]
@@ -106,14 +102,13 @@ def _packages() -> Iterator[Finding]:
             installed = "missing"
         if installed != locked[name]:
             wrong += 1
-            mend = "delete .venv/installed.lock, then: make setup"
-            yield FAIL, name, f"{installed} (locked: {locked[name]})", mend
+            yield FAIL, name, f"{installed} (locked: {locked[name]})", "delete .venv/installed.lock, then: make setup"
     import torch
     import torchvision
 
     if not wrong:
         pair = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-        yield _found("packages", f"{len(names)} direct dependencies, as locked; {pair}")
+        yield found("packages", f"{len(names)} direct dependencies, as locked; {pair}")
 
 
 def _processor() -> Iterator[Finding]:
@@ -123,14 +118,10 @@ def _processor() -> Iterator[Finding]:
     told = ", ".join(dict.fromkeys(label for name, label in (_WIDE | _INT8).items() if able.get(name)))
     name = able.get("cpu_name") or platform.processor() or platform.machine()
     used = f"torch uses {torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}"
-    yield _found("processor", f"{name}; {told or 'features unknown'}; {os.cpu_count()} cores, {used}")
+    yield found("processor", f"{name}; {told or 'features unknown'}; {os.cpu_count()} cores, {used}")
     if able and not any(able.get(name) for name in _INT8):
         mend = "nothing to mend: int8 may be no faster here, and such claims are then reported, not failed"
-        yield _found("int8", "no VNNI, AMX or Arm dot product", mend)
-
-
-def _data_unread() -> Iterator[Finding]:
-    return _data(read=False)
+        yield found("int8", "no VNNI, AMX or Arm dot product", mend)
 
 
 def _data(read: bool = True) -> Iterator[Finding]:
@@ -145,17 +136,17 @@ def _data(read: bool = True) -> Iterator[Finding]:
     mend = "" if _writable(folder) else mend
     if chosen and not folder.exists():
         mend = "it does not exist: check the spelling of COURSE_DATA; a download makes it"
-    yield _found("data folder", folder, mend)
-    yield _found("data sets", "digits (inside scikit-learn)")
+    yield found("data folder", folder, mend)
+    yield found("data sets", "digits (inside scikit-learn)")
     for name, source in SOURCES.items():
         if not any(folder.glob(source.folder.partition("/")[0][:8] + "*")):  # the folder, or an archive beside it
             continue
         if not read:
-            yield _found("data sets", f"{name}: files are there, not read", "the doctor without --fast reads them")
+            yield found("data sets", f"{name}: files are there, not read", "the doctor without --fast reads them")
             continue
         try:
             data = load_dataset(name, root=folder, download=False)
-            yield _found("data sets", f"{name}, {len(data.train) + len(data.val):,} training images")
+            yield found("data sets", f"{name}, {len(data.train) + len(data.val):,} training images")
         except DataError as error:
             yield FAIL, name, str(error), "see the text; digits needs no file"
 
@@ -168,11 +159,11 @@ def _places() -> Iterator[Finding]:
         mend = "set it to an address such as http://server/data, or unset it"
         yield FAIL, "mirror", f"COURSE_MIRROR is {mirror!r}", mend
     mend = "read-only: set COURSE_CACHE to a folder of yours, or lessons train anew each time"
-    yield _found("cache", cache, "" if _writable(cache) else mend)
+    yield found("cache", cache, "" if _writable(cache) else mend)
     for name, folder in (("disk, course", ROOT), ("disk, data", _data_folder())):
         free = shutil.disk_usage(_nearest(folder)).free / 1e9
         mend = "" if free >= 2 else "free 2 GB, or set COURSE_DATA to a larger disk"
-        yield _found(name, f"{free:.1f} GB free at {folder}", mend)
+        yield found(name, f"{free:.1f} GB free at {folder}", mend)
 
 
 def _onnxruntime() -> Iterator[Finding]:
@@ -184,7 +175,7 @@ def _onnxruntime() -> Iterator[Finding]:
     model = parser.parse_model(text).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     right = session.run(None, {"x": np.array([1, 2], dtype=np.float32)})[0].tolist() == [2, 4]
-    yield _found("ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup", FAIL)
+    yield found("ONNX Runtime", onnxruntime.__version__, "" if right else "it adds wrongly: make setup", FAIL)
 
 
 def _jupyter() -> Iterator[Finding]:
@@ -196,7 +187,7 @@ def _jupyter() -> Iterator[Finding]:
     # A bare name is replaced by the interpreter that runs JupyterLab.
     own = spec.argv[0] in ("python", "python3") or program.parent.resolve() == Path(sys.executable).parent.resolve()
     mend = f"move {spec.resource_dir} away: any Jupyter but `make lab` takes it for the course's kernel"
-    yield _found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", "" if own else mend)
+    yield found("Jupyter", f"its kernel python3 is {'this Python' if own else program}", "" if own else mend)
 
 
 def _kernel() -> Iterator[Finding]:
@@ -209,7 +200,7 @@ def _kernel() -> Iterator[Finding]:
         nbformat.write(new_notebook(cells=[new_code_cell("assert 1 + 1 == 2")]), Path(folder, "00_trial.ipynb"))
         good = run_lessons(Path(folder), output=Path(folder, "out"), timeout=60) == 0
     mend = "" if good else "make setup; if a firewall guards this machine, allow connections to 127.0.0.1"
-    yield _found("kernel", "starts and computes" if good else told.getvalue()[-300:], mend, FAIL)
+    yield found("kernel", "starts and computes" if good else told.getvalue()[-300:], mend, FAIL)
 
 
 def _data_folder() -> Path:

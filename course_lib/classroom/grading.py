@@ -13,16 +13,14 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from course_lib.classroom.answers import judge
 from course_lib.classroom.lessons import CourseError, notebooks_folder, read_notebook
+from course_lib.classroom.runner import end_processes
 from course_lib.classroom.tasks_language import TASKS
 from course_lib.files import write_file
 
@@ -31,6 +29,7 @@ __all__ = ["grade"]
 COLUMNS = ("file", "name", "task", "points", "of", "hint", "sha256")
 PRELOADED = ("course_lib.classroom.grading", "course_lib.classroom.practice", "course_lib.lab", "scipy.stats")
 CASES = 20_240  # every submission meets the same cases
+MOST_RUNS = 12  # of one submission: what ended its process is left out in the next
 
 
 def grade(
@@ -43,33 +42,33 @@ def grade(
     that was stopped goes on. By default a notebook is graded as the ``chapter`` whose tasks it has. One step of it (a
     cell, or a check) may take so many ``seconds``, and ``memory`` in gigabytes beyond the library's.
     """
-    one, chapters = [Path(folder)] if Path(folder).is_file() else [], _chapters(notebooks)
-    folder = Path(folder).parent if one else Path(folder)
-    output, found = Path(output or folder / "grades.csv"), one or sorted(folder.rglob("*.ipynb"))
-    hidden = {p for p in found if any(part.startswith(".") for part in p.relative_to(folder).parts)}
-    files = [p for p in found if p.is_file() and p not in hidden]
+    chapters = known_chapters = _chapters(notebooks)
+    if chapter is not None:
+        chapters = {name: tasks for name, tasks in chapters.items() if name.startswith(chapter)}
+        if len(chapters) != 1:
+            raise CourseError(f"no chapter {chapter!r} has practice; there are {', '.join(known_chapters)}")
+    found = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).rglob("*.ipynb"))
+    folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+    files = {place: path for place, path in files.items() if not place.startswith(".") and "/." not in place}
     if not files:
         raise CourseError(f"no notebook in {folder}: a folder of submissions is needed")
-    if chapter is not None:
-        chapters = {name: points for name, points in chapters.items() if name.startswith(chapter)}
-        if len(chapters) != 1:
-            raise CourseError(f"no chapter {chapter!r} has practice; there are {', '.join(_chapters(notebooks))}")
-    known = _known(output)
-    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
-    places = {path: path.relative_to(folder).as_posix() for path in files}
-    rows = {places[p]: known[places[p], hashes[p]] for p in files if (places[p], hashes[p]) in known}
-    open_files = [path for path in files if places[path] not in rows]
+    output = Path(output or folder / "grades.csv")
+    known, rows = _known(output), {}
+    hashes = {place: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for place, path in files.items()}
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        running = {pool.submit(_grade_one, p, chapters, len(chapters) == 1, seconds, memory): p for p in open_files}
+        running = {}
+        for place, path in files.items():
+            if (place, hashes[place]) in known:
+                rows[place] = known[place, hashes[place]]
+            else:
+                running[pool.submit(_grade_one, path, chapters, seconds, memory)] = place
         for future in as_completed(running):
-            path = running[future]
-            found, told = future.result()
-            rows[places[path]] = [
-                dict(zip(COLUMNS, (places[path], _name(places[path]), *row, hashes[path]), strict=True))
-                for row in found
-            ]
+            place, (graded, told) = running[future], future.result()
+            about = {"file": place, "name": _name(place), "sha256": hashes[place]}
+            rows[place] = [about | dict(zip(COLUMNS[2:6], row, strict=True)) for row in graded]
             _write(output, rows)
-            print(f"{places[path]}: {told}", flush=True)
+            print(f"{place}: {told}", flush=True)
     _write(output, rows)
     return output
 
@@ -102,11 +101,10 @@ def _write(output: Path, rows: dict[str, list[dict]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for place in sorted(rows):
-        for row in rows[place]:
-            # A spreadsheet runs what starts like a formula.
-            unsafe = {key: f"'{v}" for key, v in row.items() if isinstance(v, str) and v[:1] in ("=", "+", "-", "@")}
-            writer.writerow(row | unsafe)
+    for row in (row for place in sorted(rows) for row in rows[place]):
+        # A spreadsheet runs what starts like a formula.
+        unsafe = {key: f"'{v}" for key, v in row.items() if isinstance(v, str) and v[:1] in ("=", "+", "-", "@")}
+        writer.writerow(row | unsafe)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, text.getvalue().encode())
 
@@ -114,98 +112,21 @@ def _write(output: Path, rows: dict[str, list[dict]]) -> None:
 # --- one submission ---------------------------------------------------------------------------------------------------
 
 
-def _grade_one(path: Path, chapters: dict, fixed: bool, seconds: float, memory: float) -> tuple[list[tuple], str]:
-    """Rows (task, points, of, hint), and a line for the screen. A step that ends the process is left out next time."""
-    results: dict[str, str] = {}  # task -> what the check said; empty for a pass
-    skipped: dict[str, str] = {}
-    chapter, broken, step, over = "", "", "", False
-    while not over and len(skipped) < 12:
-        over, ending = True, "the process ended"
-        for event in _events(path, chapters, fixed, skipped | results, seconds, memory):
-            chapter, broken = event.get("chapter", chapter), event.get("broken", broken)
-            step, ending = event.get("step", step), event.get("ending", ending)
-            results |= event.get("result", {})
-            over = "over" in event
-        if not over:
-            skipped[step] = ending
-    if broken or not chapter:
-        return [("", 0, 0, broken or skipped.get(step, "it could not be read"))], broken or "it could not be read"
-    hints = {task: results.get(task, skipped.get(task, "it was not reached")) for task in chapters[chapter]}
-    rows = [(task, 0 if hints[task] else points, points, hints[task]) for task, points in chapters[chapter].items()]
-    return rows, f"{sum(row[1] for row in rows)} of {sum(row[2] for row in rows)} points in {chapter}"
-
-
-def _events(path: Path, chapters: dict, fixed: bool, done: dict, seconds: float, memory: float) -> Iterator[dict]:
-    """What one run of the submission reports, ``{"over": ...}`` at last; or how it ended before."""
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        context.set_forkserver_preload(list(PRELOADED))
-    ours, theirs = context.Pipe(duplex=False)
-    scratch = tempfile.mkdtemp(prefix="practice-")
-    arguments = (theirs, str(path.resolve()), chapters, fixed, done, memory, scratch)
-    process = context.Process(target=_child, args=arguments, daemon=True)
-    process.start()
-    theirs.close()
+def _grade_one(path: Path, chapters: dict, seconds: float, memory: float) -> tuple[list[tuple], str]:
+    """Rows (task, points, of, hint), and a line for the screen."""
     try:
-        limit = time.monotonic() + seconds + 60  # a slow machine imports slowly
-        while True:
-            if not ours.poll(max(0.0, limit - time.monotonic())):
-                yield {"ending": f"it took longer than {seconds:g} seconds"}
-                return
-            event = json.loads(ours.recv_bytes(1_000_000))  # never pickle: that would run what they send
-            limit = time.monotonic() + seconds
-            yield event
-            if "over" in event:
-                return
-    except (EOFError, OSError, ValueError):
-        process.join(5)
-        yield {"ending": f"it ended the process (exit code {process.exitcode}); sys.exit, or too much memory?"}
-    finally:
-        _kill(process)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _kill(process) -> None:
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-    process.kill()
-    process.join(5)
-
-
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
-def _child(pipe, path: str, chapters: dict, fixed: bool, done: dict, memory: float, scratch: str) -> None:
-    def tell(**event) -> None:
-        pipe.send_bytes(json.dumps(event).encode())
-
-    try:
-        cells = _cells(Path(path))
-        chapter = _chapter_of(cells, chapters, fixed)
+        cells = _cells(path)
+        chapter = _chapter_of(cells, chapters)
     except Exception as error:
-        tell(broken=str(error).replace(path, Path(path).name)[:300], over=True)
-        return
-    tell(chapter=chapter)
-    seal = _seal()
-    _confine(scratch, memory)
-    answers, errors = _execute(cells, chapters[chapter], done, tell)
-    for task in chapters[chapter]:
-        if task in done:
-            continue
-        tell(step=task)
-        if not seal.items() <= _seal().items():
-            told = "the notebook changed the checker, or the libraries it stands on"
-        elif task not in answers:
-            told = errors.get(task, f"no function {task} in this notebook")
-        else:
-            result = judge(TASKS[task], answers[task], CASES)
-            told = "" if result.passed else result.text
-        tell(result={task: told[:500]})
-    tell(over=True)
+        told = str(error).replace(str(path), path.name)[:300]
+        return [("", 0, 0, told)], told
+    tasks, said = chapters[chapter], {}
+    for _ in range(MOST_RUNS):
+        if _run(cells, list(tasks), said, seconds, memory) or "" in said:
+            break
+    hints = {task: said.get(task, said.get("", "it was not reached")) for task in tasks}
+    rows = [(task, 0 if hints[task] else points, points, hints[task]) for task, points in tasks.items()]
+    return rows, f"{sum(row[1] for row in rows)} of {sum(tasks.values())} points in {chapter}"
 
 
 def _cells(path: Path) -> list[tuple[str, str]]:
@@ -221,13 +142,72 @@ def _cells(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _chapter_of(cells: list[tuple[str, str]], chapters: dict, fixed: bool) -> str:
+def _chapter_of(cells: list[tuple[str, str]], chapters: dict) -> str:
     text = "\n".join(f"def {task}(\n{source}" for task, source in cells)
     fitting = {name: sum(f"def {task}(" in text for task in tasks) for name, tasks in chapters.items()}
     best = max(fitting, key=fitting.__getitem__)
-    if not fixed and not fitting[best]:
-        raise ValueError("it has no cell of any task")
+    if len(chapters) > 1 and not fitting[best]:
+        raise CourseError("it has no cell of any task")
     return best
+
+
+def _run(cells: list, tasks: list[str], said: dict[str, str], seconds: float, memory: float) -> bool:
+    """One run of a submission, without the steps that ``said`` knows; returns whether it reached its end.
+
+    ``said`` gets for each task what the check says, "" for a pass, and for a step that ended the process how.
+    """
+    import psutil
+
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        context.set_forkserver_preload(list(PRELOADED))
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="practice-", ignore_cleanup_errors=True) as scratch:
+        process = context.Process(target=_child, args=(theirs, cells, tasks, said, memory, scratch), daemon=True)
+        process.start()
+        theirs.close()
+        step, limit = "", seconds + 60  # a slow machine imports slowly
+        try:
+            while ours.poll(limit):
+                event = json.loads(ours.recv_bytes(1_000_000))  # never pickle: that would run what they send
+                if "over" in event:
+                    return True
+                step, limit = event.get("step", step), seconds
+                said |= event.get("said", {})
+            said[step] = f"it took longer than {seconds:g} seconds"
+        except (EOFError, OSError, ValueError):
+            process.join(5)
+            said[step] = f"it ended the process (exit code {process.exitcode}); sys.exit, or too much memory?"
+        finally:
+            with contextlib.suppress(psutil.Error):
+                end_processes([psutil.Process(process.pid)])
+            process.join(5)
+    return False
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def _child(pipe, cells: list, tasks: list[str], done: dict[str, str], memory: float, scratch: str) -> None:
+    def tell(**event) -> None:
+        pipe.send_bytes(json.dumps(event).encode())
+
+    seal = _seal()
+    _confine(scratch, memory)
+    answers, errors = _execute(cells, tasks, done, tell)
+    for task in tasks:
+        if task in done:
+            continue
+        tell(step=task)
+        if not seal.items() <= _seal().items():
+            told = "the notebook changed the checker, or the libraries it stands on"
+        elif task not in answers:
+            told = errors.get(task, f"no function {task} in this notebook")
+        else:
+            result = judge(TASKS[task], answers[task], CASES)
+            told = "" if result.passed else result.text
+        tell(said={task: told[:500]})
+    tell(over=True)
 
 
 def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
@@ -235,17 +215,17 @@ def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
     space: dict = {"__name__": "__main__"}
     answers, errors = {}, {}
     for number, (task, source) in enumerate(cells):
-        step = task or f"cell {number}"
-        if f"cell of {step}" in done:
-            errors[task] = f"its cell: {done[f'cell of {step}']}"
+        step = f"cell of {task or f'cell {number}'}"
+        if step in done:
+            errors[task] = f"its cell: {done[step]}"
             continue
-        tell(step=f"cell of {step}")
+        tell(step=step)
         try:
             for node in ast.parse(source).body:
                 if task or _is_plain(node):
                     # A package that is missing here costs what needs it, not the imports below it.
                     with contextlib.nullcontext() if task else contextlib.suppress(ImportError):
-                        exec(compile(ast.Module([node], []), step, "exec"), space)
+                        exec(compile(ast.Module([node], []), task or f"cell {number}", "exec"), space)
         except (Exception, SystemExit) as error:
             errors[task] = f"its cell raised {type(error).__name__}: {error}"
         if task and callable(space.get(task)):
@@ -268,10 +248,8 @@ def _seal() -> dict:
     import numpy
     import torch
 
-    from course_lib.classroom import answers, tasks_deployment, tasks_language, tasks_losses, tasks_sizes
-
-    modules = (answers, tasks_deployment, tasks_language, tasks_losses, tasks_sizes)
-    owners = (*modules, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("course_lib.classroom.")]
+    owners = (*ours, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
     found = {(str(o), key): (id(v), id(getattr(v, "__code__", v))) for o in owners for key, v in list(vars(o).items())}
     return found | {task: (id(it), id(it.answer), id(it.cases), it.says) for task, it in TASKS.items()}
 

@@ -7,65 +7,44 @@ Everything else in the folder is somebody's own: practice, solutions, copies, ch
 import ast
 import difflib
 import json
-import math
 import re
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import course_lib
 
-__all__ = ["CourseError", "Lesson", "Parameter", "find_lessons", "notebooks_folder", "read_notebook", "select_lessons"]
+__all__ = ["CourseError", "Lesson", "find_lessons", "given_value", "notebooks_folder", "read_notebook"]
+__all__ += ["select_lessons"]
 
 PROFILES, MAX_SEED = ("quick", "full"), 2**32 - 1
 _NAME = re.compile(r"(\d{1,2})_([a-z0-9_]+)", re.ASCII | re.IGNORECASE)
-_WORDS = {"true": True, "false": False, "none": None}
 
 
 class CourseError(Exception):
     """Something that the user can mend: the text says what was given and what fits. Exit code 2."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One line ``name: type = literal`` of a ``parameters`` cell; ``type`` is as written, or the literal's own."""
+def given_value(name: str, text: str) -> str | int:
+    """What a text from the command line means as ``dataset``, ``profile`` or ``seed``; CourseError if it is none.
 
-    name: str
-    type: str
-    default: Any
-
-    def value(self, text: str) -> Any:
-        """The value that a text from the command line stands for; CourseError if it is of another type or range.
-
-        >>> Parameter("widths", "list[int]", [8]).value("[8, 32]"), Parameter("share", "float", 0.5).value("1")
-        ([8, 32], 1.0)
-        """
-        kinds = {kind.strip() for kind in re.sub(r"\[.*\]", "", self.type).split("|")}
-        readings, word = [text], text.strip()
-        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            literal = _WORDS[word.lower()] if word.lower() in _WORDS else ast.literal_eval(word)
-            readings = [text, literal] if kinds == {"str"} else [literal, text]
-        for reading in readings:
-            kind = "None" if reading is None else type(reading).__name__
-            if kind == "int" and kind not in kinds and "float" in kinds:
-                reading, kind = float(reading), "float"
-            if kind in kinds and not (kind == "float" and not math.isfinite(reading)):
-                return self._in_range(reading)
-        raise CourseError(f"{self.name} must be {self.type}, got {text!r}")
-
-    def _in_range(self, value: Any) -> Any:
-        """The value, unless it is a dataset, profile or seed that does not exist: these mean the same everywhere."""
-        if self.name == "seed" and not 0 <= value <= MAX_SEED:
-            raise CourseError(f"seed must be an integer from 0 to {MAX_SEED}, got {value!r}")
-        choices = PROFILES if self.name == "profile" else ()
-        if self.name == "dataset" and value != "digits":
-            from course_lib.lab.data import DATASETS as choices
-        if choices and value not in choices:
-            hint = _meant(value.lower(), choices)
-            raise CourseError(f"{self.name} must be one of {', '.join(choices)}, got {value!r}{hint}")
-        return value
+    >>> given_value("seed", "7")
+    7
+    """
+    if name == "seed":
+        if not re.fullmatch(r"\s*\d{1,10}\s*", text, re.ASCII) or int(text) > MAX_SEED:
+            raise CourseError(f"seed must be an integer from 0 to {MAX_SEED}, got {text!r}")
+        return int(text)
+    choices = PROFILES
+    if name == "dataset" and text == "digits":
+        return text  # before torch is loaded
+    if name == "dataset":
+        from course_lib.lab.data import DATASETS as choices
+    if text not in choices:
+        hint = _meant(text.lower(), choices)
+        raise CourseError(f"{name} must be one of {', '.join(choices)}, got {text!r}{hint}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ class Lesson:
     minutes: float | None = None  # reading time, as the metadata say
     seconds: float | None = None  # run time
     extras: tuple[str, ...] = ()  # modules that its stored outputs need and a learner's installation lacks
-    parameters: dict[str, Parameter] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)  # name -> default
     data: bytes = b""  # the bytes that were read
     notebook: dict[str, Any] = field(default_factory=dict)  # what they say, made sound
 
@@ -97,8 +76,7 @@ class Lesson:
         prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
         heading = re.search(r"^#+[ \t]+(.+)$", prose, re.MULTILINE)
         title = str(about.get("title") or (heading[1].strip() if heading else self.path.stem))
-        sections, extras = (about.get(name) or [] for name in ("sections", "extras"))
-        sections, extras = (tuple(map(str, x if isinstance(x, list) else [x])) for x in (sections, extras))
+        sections, extras = (tuple(map(str, about.get(name) or ())) for name in ("sections", "extras"))
         tagged = next((cell["source"] for cell in cells if "parameters" in cell["metadata"]["tags"]), "")
         return replace(
             self, title=title, sections=sections, extras=extras,
@@ -202,7 +180,8 @@ def _names(lesson: Lesson) -> set[str]:
     return {name.lower() for name in names}
 
 
-def _parameters(source: str, place: Path) -> dict[str, Parameter]:
+def _parameters(source: str, place: Path) -> dict[str, Any]:
+    """Name -> default of each line ``name: type = literal``."""
     found = {}
     try:
         statements = ast.parse(source).body
@@ -212,10 +191,9 @@ def _parameters(source: str, place: Path) -> dict[str, Parameter]:
         if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
             continue  # a text that explains
         try:
-            typed = isinstance(line, ast.AnnAssign)
-            name, default = (line.target if typed else line.targets[0]).id, ast.literal_eval(line.value)
+            target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
+            found[target.id] = ast.literal_eval(line.value)
         except (AttributeError, TypeError, ValueError):
             told = ast.unparse(line)
             raise CourseError(f"{place}: the parameters cell holds {told!r}; only name: type = literal fits") from None
-        found[name] = Parameter(name, ast.unparse(line.annotation) if typed else type(default).__name__, default)
     return found

@@ -4,12 +4,11 @@
 ``notebooks/NN_name/practice.ipynb``: what nbgrader's generate_assignment would write (a test compares them).
 """
 
-import argparse
 import difflib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -20,7 +19,7 @@ from course_lib.classroom.tasks_language import TASKS
 from course_lib.classroom.tasks_losses import dense_networks
 from course_lib.files import write_file
 
-__all__ = ["TASKS", "check", "dense_networks", "generate", "main", "student_version"]
+__all__ = ["TASKS", "check", "dense_networks", "generate", "student_version"]
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 
@@ -91,37 +90,3 @@ def generate(notebooks: Path | None = None, *, check: bool = False) -> list[Path
                 path.parent.mkdir(exist_ok=True)
                 write_file(path, text.encode())
     return stale
-
-
-def main(arguments: Sequence[str]) -> int:
-    """``practice generate`` and ``practice grade FOLDER``; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m course_lib practice", description="The practice notebooks.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("generate", help="write notebooks/NN_name/practice.ipynb from notebooks/solutions/")
-    making.add_argument("--check", action="store_true", help="change nothing; exit code 1 if one is not up to date")
-    grading = commands.add_parser(
-        "grade", help="grade a folder of notebooks; this runs the code in them",
-        description="Runs the code of every notebook against our checks, each in a process with a limit of time and "
-        "memory and a scratch folder. That guards against accidents, not against malice: where you cannot trust the "
-        "notebooks, run it in a container, or as a user who owns nothing.",
-    )  # fmt: skip
-    grading.add_argument("folder", type=Path, help="with *.ipynb, also in folders of it; or one notebook")
-    grading.add_argument("--output", type=Path, metavar="CSV", help="default: FOLDER/grades.csv; what is there goes on")
-    grading.add_argument("--chapter", metavar="NN", help="default: the one whose tasks a notebook has")
-    grading.add_argument("--jobs", type=int, metavar="N", help="notebooks at once (default: one a core)")
-    grading.add_argument("--seconds", type=float, default=20, metavar="S", help="for a cell or a check (20)")
-    grading.add_argument("--memory", type=float, default=4, metavar="GB", help="for a notebook (4)")
-    for made in (making, grading):
-        made.add_argument("--notebooks", type=Path, metavar="DIR", help="the course's notebooks")
-    try:
-        options = vars(parser.parse_args(arguments))
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-    if options.pop("command") == "generate":
-        stale = generate(**options)
-        print("\n".join(map(str, stale)) or "all practice notebooks are up to date")
-        return int(bool(options["check"] and stale))
-    from course_lib.classroom.grading import grade
-
-    print(f"written: {grade(**options)}")
-    return 0

@@ -10,10 +10,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_folder
+from course_lib.classroom.doctor import Check, Finding, found
+from course_lib.classroom.lessons import CourseError, find_lessons, notebooks_folder, read_notebook
+from course_lib.classroom.runner import run_lessons, usable_cores
 from course_lib.files import cache_folder
 
 __all__ = ["room_for"]
@@ -40,57 +43,49 @@ print(json.dumps([most, getattr(me.memory_info(), "shared", 0), sum(me.cpu_times
 """
 
 
-def room_for(learners: int) -> Callable[[], Iterator[tuple[str, str, str, str]]]:
+def room_for(learners: int) -> Check:
     """The doctor's check of a room: versions, disk, memory, time, ports, data.
 
     Memory and time are those of lesson 02.1, which it runs. CourseError: fewer than one learner.
     """
     if learners < 1:
         raise CourseError(f"--room takes the number of learners, at least 1, got {learners}")
-
-    def _room() -> Iterator[tuple[str, str, str, str]]:
-        lessons = {lesson.number: lesson.read() for lesson in find_lessons(notebooks_folder())}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        yield "ok", "room", f"{learners} learners, each with one open lesson, on {cores} cores", ""
-        yield from _once(learners)
-        yield from _measured(learners, cores, lessons[LESSON].path)
-        seconds = [lesson.seconds for lesson in lessons.values() if lesson.seconds]
-        told = f"on two quiet cores {statistics.median(seconds):g} s, at most {max(seconds):g}"
-        yield "ok", "lesson", told, ""
-
-    return _room
+    return partial(_room, learners)
 
 
-def _once(learners: int) -> Iterator[tuple[str, str, str, str]]:
+def _room(learners: int) -> Iterator[Finding]:
+    lessons = {lesson.number: lesson.read() for lesson in find_lessons(notebooks_folder())}
+    yield found("room", f"{learners} learners, each with one open lesson, on {usable_cores()} cores")
+    yield from _once(learners)
+    yield from _measured(learners, lessons[LESSON].path)
+    seconds = [lesson.seconds for lesson in lessons.values() if lesson.seconds]
+    yield found("lesson", f"on two quiet cores {statistics.median(seconds):g} s, at most {max(seconds):g}")
+
+
+def _once(learners: int) -> Iterator[Finding]:
     """What is looked up: versions, disk, ports, data, cache."""
     import torch
 
     told = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}: the same on all"
-    yield "ok", "versions", told, ""
-    installed, copy = (sum(map(_size, _files(folder))) for folder in (Path(sys.prefix), notebooks_folder()))
+    yield found("versions", told)
+    installed, copy = (sum(map(os.path.getsize, _files(f))) for f in (Path(sys.prefix), notebooks_folder()))
     told = f"{installed / 1e9:.1f} GB once for {sys.prefix}, {learners * copy / 1e6:.0f} MB for all working copies"
-    yield "ok", "disk", told, ""
+    yield found("disk", told)
     taken = [port for port in (8000, 8888) if not _free(port)]
     told = "8888 for `make lab`, 8000 for a JupyterHub, and five a kernel on 127.0.0.1; none of them leaves the machine"
-    yield _finding("ports", told, f"{taken} is taken: make lab takes the next, a hub needs --port" if taken else "")
-    data, cache = os.environ.get("COURSE_DATA"), cache_folder("checkpoints")
-    closed = [path for path in _files(Path(data).expanduser()) if not path.stat().st_mode & 0o004] if data else []
-    told = (
-        f"COURSE_DATA is {data}"
-        if data
-        else "only the digits, which are installed; COURSE_DATA names a folder for more"
-    )
-    yield _finding("data", told, f"chmod -R a+rX {data}: others cannot read {closed[0].name}" if closed else "")
-    told = f"{len(_files(cache))} files in {cache}"
-    yield (
-        "ok",
-        "trained",
-        told + ("" if os.environ.get("COURSE_CACHE") else "; COURSE_CACHE names one cache for all"),
-        "",
-    )
+    yield found("ports", told, f"{taken} is taken: make lab takes the next, a hub needs --port" if taken else "")
+    told, mend = "only the digits, which are installed; COURSE_DATA names a folder for more", ""
+    if data := os.environ.get("COURSE_DATA"):
+        told = f"COURSE_DATA is {data}"
+        closed = [path for path in _files(Path(data).expanduser()) if not path.stat().st_mode & 0o004]
+        mend = f"chmod -R a+rX {data}: others cannot read {closed[0].name}" if closed else ""
+    yield found("data", told, mend)
+    cache = cache_folder("checkpoints")
+    told = "" if os.environ.get("COURSE_CACHE") else "; COURSE_CACHE names one cache for all"
+    yield found("trained", f"{len(_files(cache))} files in {cache}{told}")
 
 
-def _measured(learners: int, cores: int, lesson: Path) -> Iterator[tuple[str, str, str, str]]:
+def _measured(learners: int, lesson: Path) -> Iterator[Finding]:
     """What is measured by running a lesson: memory and time."""
     import psutil
 
@@ -99,19 +94,16 @@ def _measured(learners: int, cores: int, lesson: Path) -> Iterator[tuple[str, st
     needed, free = shared + learners * (most - shared + server), psutil.virtual_memory().available
     told = f"{(most - shared) / 1e6:.0f} MB a kernel that runs {lesson.stem}, {server / 1e6:.0f} MB a server, "
     told += f"{shared / 1e6:.0f} MB shared by all: {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
-    yield _finding("memory", told, "" if needed < free else "laptops, pairs, or more memory: a kernel without it dies")
-    wait = learners * seconds / cores
+    yield found("memory", told, "" if needed < free else "laptops, pairs, or more memory: a kernel without it dies")
+    wait = learners * seconds / usable_cores()
     told = f"{lesson.stem} takes {seconds:.0f} s of processor time; started by all at once it takes {wait:.0f} s"
-    yield _finding(
-        "time", told, "" if wait < 120 else "laptops, pairs, or half the room reads while the other half runs"
-    )
+    mend = "laptops, pairs, or half the room reads while the other half runs"
+    yield found("time", told, "" if wait < 120 else mend)
 
 
 def _kernel(lesson: Path) -> list[float]:
     """Bytes that the kernel of a lesson holds at most, those that others share, and its seconds of processor time."""
-    from course_lib.classroom.runner import run_lessons
-
-    notebook = json.loads(lesson.read_text(encoding="utf-8"))
+    notebook, _ = read_notebook(lesson)
     last = {"cell_type": "code", "execution_count": None, "id": "room", "metadata": {}, "outputs": [], "source": KERNEL}
     with tempfile.TemporaryDirectory(prefix="course-") as folder, contextlib.redirect_stdout(io.StringIO()) as told:
         place, out = Path(folder, "00_room.ipynb"), Path(folder, "out")
@@ -122,10 +114,6 @@ def _kernel(lesson: Path) -> list[float]:
         return json.loads("".join(json.loads((out / place.name).read_bytes())["cells"][-1]["outputs"][0]["text"]))
 
 
-def _finding(name: str, told: str, mend: str) -> tuple[str, str, str, str]:
-    return "warn" if mend else "ok", name, told, mend
-
-
 def _free(port: int) -> bool:
     with socket.socket() as trial:
         return trial.connect_ex(("127.0.0.1", port)) != 0
@@ -133,7 +121,3 @@ def _free(port: int) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-
-
-def _size(path: Path) -> int:
-    return path.lstat().st_size

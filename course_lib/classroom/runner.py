@@ -2,8 +2,8 @@
 
 A lesson's bytes are read once: they are checked, executed, and remembered for ``resume``. Results are made in a
 temporary folder: whatever lies in the output folder under a lesson's own name was executed to its end.
-``python -m course_lib.classroom.runner JOB.json`` is the process for one lesson. It tells its events on standard
-output, one JSON object a line, and ends itself and its kernel when its standard input closes: the runner is gone.
+``python -m course_lib.classroom.runner JOB`` is the process for one lesson. It tells on standard output what went
+wrong, and ends itself and its kernel when its standard input closes: the runner is gone.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import course_lib
-from course_lib.classroom.lessons import CourseError, Lesson, Parameter, find_lessons, read_notebook, select_lessons
-from course_lib.classroom.reports import claims_of, count_claims, shown_path, watched
+from course_lib.classroom.lessons import CourseError, Lesson, find_lessons, given_value, read_notebook, select_lessons
+from course_lib.classroom.reports import claims_of, count_claims, shown_path
+from course_lib.classroom.workcopy import write_kernel
 from course_lib.files import source_hash, write_file
 
-__all__ = ["check_data", "run_lessons"]
+__all__ = ["check_data", "end_processes", "run_lessons", "usable_cores"]
 
 LIBRARY = Path(course_lib.__file__).resolve().parent
-COMMON = {name: Parameter(name, kind, "") for name, kind in (("dataset", "str"), ("profile", "str"), ("seed", "int"))}
 FEW_IMAGES, TOO_FEW_IMAGES = 1000, 200
 SHOWN_LINES = 14
 CELL_MARKS = ("papermill", "execution", "ExecuteTime", "lines_to_next_cell")  # what tools leave in a cell
@@ -43,36 +43,28 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run_lessons(
-    notebooks: Path, words: Iterable[str] = (), *, given: Mapping[str, str] | None = None, output: Path | None = None,
-    jobs: int = 1, timeout: int = 3600, resume: bool = False, store: bool = False,
+    notebooks: Path, lessons: Iterable[str] = (), *, output: Path | None = None, jobs: int = 1, timeout: int = 3600,
+    resume: bool = False, store: bool = False, **settings: str | None,
 ) -> int:  # fmt: skip
     """Execute lessons and count their claims, after everything that was asked is checked and the data are loaded.
 
-    ``words`` say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``given`` are parameters' texts.
+    ``lessons`` are words that say which (see :func:`~course_lib.classroom.lessons.select_lessons`); ``settings`` are
+    texts for ``dataset``, ``profile`` and ``seed``, for the lessons that have them.
     ``jobs`` lessons run at once and share the cores; ``resume`` leaves out what was executed from the same bytes,
     values, library; ``store`` puts the results, cleaned, into ``notebooks`` itself, but no lesson with a false claim.
 
     Returns 0; 1 if a lesson did not reach its end or a claim is false; 130 after Ctrl-C and 143 after SIGTERM, when
     everything was stopped and nothing unfinished was kept. What to correct in what was asked is a CourseError.
     """
-    given = dict(given or {})
+    given = {name: given_value(name, text) for name, text in settings.items() if text is not None}
     if store and (given or resume or output):
         raise CourseError("--store executes lessons with their own parameters, into notebooks/; it takes only --jobs")
     if jobs < 1 or timeout < 0:
         raise CourseError(f"--jobs must be at least 1 and --timeout at least 0, got {jobs} and {timeout}")
     if output and output.resolve() == notebooks.resolve():
         raise CourseError("--output must not be the folder of the lessons themselves; --store is what writes there")
-    lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(words))]
-    known = sorted({name for lesson in lessons for name in lesson.parameters})
-    for name, text in given.items():
-        if name in COMMON:
-            COMMON[name].value(text)
-        elif name not in known:
-            raise CourseError(f"no selected lesson has a parameter {name!r}; they have {', '.join(known) or 'none'}")
-    values = {
-        lesson.number: {n: p.value(given[n]) if n in given else p.default for n, p in lesson.parameters.items()}
-        for lesson in lessons
-    }
+    lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(lessons))]
+    values = {one.number: {n: given.get(n, default) for n, default in one.parameters.items()} for one in lessons}
     for name in sorted({each.get("dataset", "digits") for each in values.values()} - {"digits"}):
         check_data(name)
     build, data = notebooks.resolve().parent / "build", given.get("dataset", "digits")
@@ -122,13 +114,8 @@ class _Run:
     """A run of lessons; ``failed`` has the numbers of those that did not reach their end."""
 
     def __init__(self, values: dict[str, dict], folder: Path, timeout: int, jobs: int, store: bool):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
         self.values, self.folder, self.timeout, self.jobs, self.store = values, folder, timeout, jobs, store
         self.signal, self.failed, self.processes, self.lock = 0, set(), [], threading.Lock()
-        label = TextColumn("{task.description}", markup=False)
-        columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, transient=True, disable=not watched())
 
     def final(self, lesson: Lesson) -> Path:
         return lesson.path if self.store else self.folder / lesson.place
@@ -139,7 +126,7 @@ class _Run:
             notebook, _ = read_notebook(self.final(lesson))
             run = notebook["metadata"].get("course_run")
             if isinstance(run, dict) and run.get("key") == self._key(lesson) and run.get("cells") == _digest(notebook):
-                self._say(f"{lesson.number} {lesson.name}: executed before from these bytes and values, skipped")
+                _say(f"{lesson.number} {lesson.name}: executed before from these bytes and values, skipped")
                 return True
         return False
 
@@ -155,7 +142,6 @@ class _Run:
             with (
                 tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True) as scratch,
                 ThreadPoolExecutor(self.jobs) as pool,
-                self.bars,
             ):
                 pending = {pool.submit(self._one, lesson, Path(scratch, lesson.number)) for lesson in lessons}
                 try:
@@ -167,7 +153,7 @@ class _Run:
                 finally:
                     with self.lock:
                         stopped, self.signal = self.signal, self.signal or -1
-                        _end(self.processes)
+                        end_processes(self.processes)
                     pool.shutdown(cancel_futures=True)
         finally:
             for signum, handler in before.items():
@@ -182,10 +168,10 @@ class _Run:
         seconds, executed = round(time.monotonic() - started, 1), scratch / "executed.ipynb"
         kept = self.folder / lesson.place.with_name(f"{lesson.path.stem}-failed.ipynb")
         if self.store and not failure:
-            false = [c for c in claims_of([executed]) if c["status"] == "fails"]
             if absent := [name for name in lesson.extras if find_spec(name) is None]:
-                self._say(f"{label}: executed, and left as it is: its stored outputs need {', '.join(absent)}")
+                _say(f"{label}: executed, and left as it is: its stored outputs need {', '.join(absent)}")
                 return
+            false = [c for c in claims_of([executed]) if c["status"] == "fails"]
             if lesson.path.read_bytes() != lesson.data:
                 failure = "its file was changed while it ran, and was left as it is"
             elif false:
@@ -193,10 +179,10 @@ class _Run:
                 failure = "a claim is false:" + "".join(told)
         if failure:
             self.failed.add(lesson.number)
-            self._say(f"FAILED {label} after {seconds} s, {failure}")
+            _say(f"FAILED {label} after {seconds} s, {failure}")
             if executed.is_file():
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                self._say(f"  kept as {shown_path(write_file(kept, executed.read_bytes()))}")
+                _say(f"  kept as {shown_path(write_file(kept, executed.read_bytes()))}")
             return
         notebook, _ = read_notebook(executed)
         notices = _clean(notebook, self.store)
@@ -209,7 +195,7 @@ class _Run:
         self.final(lesson).parent.mkdir(parents=True, exist_ok=True)
         write_file(self.final(lesson), text.encode("utf-8", "surrogatepass"))
         kept.unlink(missing_ok=True)
-        self._say("\n".join([f"{label}: done in {seconds} s", *notices]))
+        _say("\n".join([f"{label}: done in {seconds} s", *notices]))
 
     def _process(self, lesson: Lesson, label: str, scratch: Path) -> str:
         """Execute into ``scratch / "executed.ipynb"``; returns what went wrong, or "" if every cell was executed."""
@@ -217,30 +203,21 @@ class _Run:
 
         fresh = {"outputs": [], "execution_count": None}
         cells = [{**c, **fresh} if "outputs" in c else c for c in lesson.notebook["cells"]]
-        changed = {n: v for n, v in self.values[lesson.number].items() if v != lesson.parameters[n].default}
+        changed = {n: v for n, v in self.values[lesson.number].items() if v != lesson.parameters[n]}
         job = {"scratch": str(scratch), "cwd": str(lesson.path.parent), "parameters": changed, "timeout": self.timeout}
-        # Whatever kernel the name python3 leads to on this machine, a lesson gets this interpreter.
-        kernel = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": ""}
-        spec = Path("kernels", "python3", "kernel.json")
-        (scratch / spec).parent.mkdir(parents=True)
-        for name, content in (("source.ipynb", {**lesson.notebook, "cells": cells}), ("job.json", job), (spec, kernel)):
-            (scratch / name).write_text(json.dumps(content), encoding="utf-8")
+        write_kernel(scratch)  # whatever kernel the name python3 leads to here, a lesson gets this interpreter
+        (scratch / "source.ipynb").write_text(json.dumps({**lesson.notebook, "cells": cells}), encoding="utf-8")
         with self.lock, open(scratch / "log", "wb") as log:
             if self.signal:
                 return "interrupted"
-            command = [sys.executable, "-m", __name__, str(scratch / "job.json")]
+            command = [sys.executable, "-m", __name__, json.dumps(job)]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
             process = subprocess.Popen(command, **pipes, env=_environment(scratch, self.jobs), start_new_session=True)
             self.processes.append(psutil.Process(process.pid))
-        bar, failure = self.bars.add_task(label, total=len(cells)), ""
-        if self.bars.disable:
-            self._say(f"{label}: {len(cells)} cells")
+        _say(f"{label}: {len(cells)} cells")
         with process.stdin, process.stdout:
-            for event in map(json.loads, process.stdout):
-                self.bars.update(bar, completed=event.get("cell"))
-                failure = event.get("failed", failure)
+            failure = process.stdout.read().decode()
             code = process.wait()
-        self.bars.remove_task(bar)
         if code and not failure:
             log_end = (scratch / "log").read_text(encoding="utf-8", errors="replace").strip()[-600:]
             failure = f"its process ended with code {code}\n{log_end}".strip()
@@ -253,27 +230,30 @@ class _Run:
         parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), self.values[lesson.number], library]
         return hashlib.sha256(repr([*parts, platform.python_version(), version("torch")]).encode()).hexdigest()
 
-    def _say(self, text: str) -> None:
-        self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+def _say(text: str) -> None:
+    print(f"{text}\n", end="", flush=True)  # in one piece: several threads speak
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _environment(scratch: Path, jobs: int) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures belong in the notebook
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        env[name] = env.get(name) or env.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
+        env[name] = env.get(name) or env.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // jobs))
     if not os.access(Path.home(), os.W_OK):
         env.setdefault("MPLCONFIGDIR", str(scratch.parent / "matplotlib"))
-    return env | {
-        "COURSE_UNATTENDED": "1",
-        "IPYTHONDIR": str(scratch / "ipython"),  # nobody's start-up files
-        **{"JUPYTER_PATH": str(scratch), "JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_RUNTIME_DIR": str(scratch / "runtime")},
-        **{"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TMPDIR": str(scratch)},
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(LIBRARY.parent), env.get("PYTHONPATH")))),
-    }
+    python_path = os.pathsep.join(filter(None, (str(LIBRARY.parent), env.get("PYTHONPATH"))))
+    env |= {"PYTHONPATH": python_path, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TMPDIR": str(scratch)}
+    env |= {"JUPYTER_PATH": str(scratch), "JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_RUNTIME_DIR": str(scratch / "runtime")}
+    env |= {"IPYTHONDIR": str(scratch / "ipython")}  # nobody's start-up files
+    return env | {"COURSE_UNATTENDED": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
-def _end(processes: Iterable[Any]) -> None:
+def end_processes(processes: Iterable[Any]) -> None:
     """Kill processes and their descendants; each is stopped before its children are listed, so none slips away."""
     import psutil
 
@@ -319,19 +299,20 @@ def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
     return dropped
 
 
-def _work(job: dict[str, Any]) -> int:
-    """The process for one lesson."""
-    # Whatever a kernel or a library prints goes to the log: only events may reach the runner.
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+def _work(scratch: str, **job: Any) -> int:
+    """The process for one lesson; it says what went wrong on standard output."""
+    # Whatever a kernel or a library prints goes to the log.
+    answer = os.dup(1)
     os.dup2(2, 1)
-    threading.Thread(target=_end_with_runner, args=(Path(job["scratch"]),), daemon=True).start()
-    if failure := _papermill(job, lambda **event: events.write(json.dumps(event) + "\n")):
-        events.write(json.dumps({"failed": failure}) + "\n")
+    threading.Thread(target=_end_with_runner, args=(Path(scratch),), daemon=True).start()
+    failure = _papermill(scratch, **job)
+    with open(answer, "wb") as file:
+        file.write(failure.encode("utf-8", "replace"))
     return 1 if failure else 0
 
 
-def _papermill(job: dict[str, Any], tell: Callable) -> str:
-    """Execute the job's notebook; returns what went wrong, or ""."""
+def _papermill(scratch: str, cwd: str, parameters: dict[str, Any], timeout: int) -> str:
+    """Execute ``source.ipynb`` into ``executed.ipynb``; returns what went wrong, or ""."""
     warnings.simplefilter("ignore")  # the tools' own deprecations; warnings inside the kernel are not touched
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -342,20 +323,19 @@ def _papermill(job: dict[str, Any], tell: Callable) -> str:
     def cell_started(cell, cell_index):
         nonlocal position
         position += "injected-parameters" not in cell.metadata.get("tags", ())
-        tell(cell=position)
 
-    folder = job["scratch"].replace("{", "{{").replace("}", "}}")  # papermill fills in paths as format strings
+    paths = (f"{scratch}/{name}.ipynb" for name in ("source", "executed"))
+    paths = (path.replace("{", "{{").replace("}", "}}") for path in paths)  # papermill takes them for format strings
+    options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "start_timeout": 180}
+    options |= {"parameters": parameters, "cwd": cwd, "execution_timeout": timeout or None}
     try:
-        paths = (str(Path(folder, name)) for name in ("source.ipynb", "executed.ipynb"))
-        options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "start_timeout": 180}
-        options |= {"parameters": job["parameters"], "cwd": job["cwd"], "execution_timeout": job["timeout"] or None}
         notebook = papermill.execute_notebook(*paths, on_cell_start=cell_started, **options)
     except PapermillExecutionError as error:
         trace = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "\n".join(error.traceback)).strip().splitlines()
         lines = trace[-SHOWN_LINES:] or [f"{error.ename}: {error.evalue}"]
         return "\n".join([f"in cell {position}, In [{error.exec_count}]", *(f"  | {line}" for line in lines)])
     except CellTimeoutError:
-        return f"in cell {position}: it took longer than {job['timeout']} s (--timeout)"
+        return f"in cell {position}: it took longer than {timeout} s (--timeout)"
     except DeadKernelError:
         return f"in cell {position}: the kernel died, out of memory or by a crash in compiled code"
     # papermill takes sys.exit() for a good end, and marks the cells after it as completed.
@@ -377,9 +357,9 @@ def _end_with_runner(scratch: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     with contextlib.suppress(OSError):
         scratch.parent.rmdir()
-    _end(children)
+    end_processes(children)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(_work(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    sys.exit(_work(**json.loads(sys.argv[1])))

@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from course_lib.classroom.answers import Task, with_gradient
 from course_lib.classroom.tasks_sizes import TASKS as EARLIER
-from course_lib.classroom.tasks_sizes import draw
+from course_lib.classroom.tasks_sizes import draw, interval
 from course_lib.files import cache_folder, write_file
 
 __all__ = ["TASKS", "dense_networks"]
@@ -29,25 +29,26 @@ def _softmax(logits, temperature, dim=-1, steady=True, power=-1, after=False):
     return e / e.sum(dim, keepdim=True) * (temperature**power if after else 1)
 
 
-def _soft(student, teacher, T, power=2, swap=False, over=1, part=None, steady=True, own=True, twice=False):
-    student, teacher = (teacher, student) if swap else (teacher if twice else student, teacher)
-    log_q = F.log_softmax(student / (T if own else 1), -1) if steady else F.softmax(student / T, -1).log()
-    log_p = F.log_softmax(teacher / T, -1) if steady else F.softmax(teacher / T, -1).log()
+def _soft(student_logits, teacher_logits, temperature, power=2, swap=False, reduction="batchmean", part=None,
+          steady=True, own=True, twice=False):  # fmt: skip
+    student, teacher = (teacher_logits, student_logits) if swap else (student_logits, teacher_logits)
+    student = teacher if twice else student
+    log_q = _log_softmax(student / (temperature if own else 1), steady)
+    log_p = _log_softmax(teacher / temperature, steady)
     each = (log_p.exp() * (log_p - log_q)).sum(-1)
-    loss = T**power * (each.sum() if over is None else each.mean() / (student.shape[-1] if over == "classes" else over))
+    mean = {"batchmean": each.mean(), "mean": each.mean() / student.shape[-1], "sum": each.sum()}
+    loss = temperature**power * mean[reduction]
     return part(loss) if part else loss
 
 
-def _soft_target_loss(student_logits, teacher_logits, temperature, **fault):
-    return _soft(student_logits, teacher_logits, temperature, **fault)
+def _log_softmax(z, steady):
+    return F.log_softmax(z, -1) if steady else F.softmax(z, -1).log()
 
 
 def _logits(rng, large=True):
     cases = [(draw(rng, 4, 10), draw(rng, 4, 10), 4.0), (draw(rng, 1, 2), draw(rng, 1, 2), 2.0)]
-    cases += [
-        (2 * draw(rng, 6, 3).double(), 2 * draw(rng, 6, 3).double(), 0.5),
-        (draw(rng, 3, 5), draw(rng, 3, 5), 1.0),
-    ]
+    cases += [(2 * draw(rng, 6, 3).double(), 2 * draw(rng, 6, 3).double(), 0.5)]
+    cases += [(draw(rng, 3, 5), draw(rng, 3, 5), 1.0)]
     return [*cases, (300 * draw(rng, 3, 4), 300 * draw(rng, 3, 4), 1.5)] if large else cases
 
 
@@ -110,14 +111,14 @@ _CHAPTER_04 = [
         "exp() of a logit of 10,000 is infinite: take the largest of the row away first.": dict(steady=False),
         "The sums run over the images; the classes are the last dimension.": dict(dim=0),
     }),
-    Task("soft_target_loss", _soft_target_loss, "a tensor with a gradient",
+    Task("soft_target_loss", _soft, "a tensor with a gradient",
          "2 to 10 classes, T from 0.5 to 4, logits of some hundreds; value and gradient.", _logits, {
         "T² is missing.": dict(power=0),
         "T is missing where T² belongs.": dict(power=1),
         "Teacher and student are swapped: the teacher's probabilities weigh the sum.": dict(swap=True),
         "`mean` divides by the classes as well: sum over classes, mean over images (`batchmean`).": dict(
-            over="classes"),
-        "That is the sum over the images; their mean is asked for.": dict(over=None),
+            reduction="mean"),
+        "That is the sum over the images; their mean is asked for.": dict(reduction="sum"),
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
         "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
         "The value is right, but no gradient reaches the student.": dict(part=lambda loss: loss.item()),
@@ -160,16 +161,16 @@ def _lessons(rng):
         yield student, teacher, torch.tensor(rng.integers(0, student.shape[1], len(student))), T, alpha
 
 
-def _loss(**fault):
-    return lambda student, teacher, temperature: _soft(student, teacher, temperature, **fault)
+def _bug(name, **fault):
+    def loss(student, teacher, temperature):
+        return _soft(student, teacher, temperature, **fault)
+
+    loss.__doc__ = f"the one with {name!r}" if fault else "the sound one"
+    return name, loss
 
 
-_BUGS = {
-    "none": _loss(), "no T²": _loss(power=0), "swapped": _loss(swap=True), "teacher twice": _loss(twice=True),
-    "mean over classes": _loss(over="classes"),
-}  # fmt: skip
-for _name, _function in _BUGS.items():
-    _function.__doc__ = f"the one with {_name!r}" if _name != "none" else "the sound one"
+_BUGS = dict([_bug("none"), _bug("no T²", power=0), _bug("swapped", swap=True), _bug("teacher twice", twice=True),
+              _bug("mean over classes", reduction="mean")])  # fmt: skip
 
 
 def _diagnose(loss, always=None, T=2.0):
@@ -198,13 +199,9 @@ def _features(rng):
 
 
 def _budget(taught, alone, margin, paired=True, by="low", order=sorted):
-    from scipy.special import stdtrit
-
     for labels in order(alone):
-        a, b = np.asarray(alone[labels], dtype=float), np.asarray(taught, dtype=float)
-        spread = (a - b).std(ddof=1) if paired else math.hypot(a.std(ddof=1), b.std(ddof=1))
-        half, gap = stdtrit(len(a) - 1, 0.975) * spread / math.sqrt(len(a)), (a - b).mean()
-        shown = {"low": gap - half > -margin, "mean": gap > -margin, "zero": abs(gap) < half, "above": gap - half > 0}
+        low, high = interval(alone[labels], taught, paired=paired)
+        shown = {"low": low > -margin, "mean": low + high > -2 * margin, "zero": low < 0 < high, "above": low > 0}
         if shown[by]:
             return labels
     return None
@@ -232,7 +229,7 @@ _CHAPTER_05 = [
          "2 to 10 classes, T from 0.5 to 4, α from 0 to 1; value and gradient.", _lessons, {
         "T² is missing in the soft term.": dict(power=0),
         "Teacher and student are swapped in the soft term.": dict(swap=True),
-        "`mean` divides by the classes as well; the soft term's reduction is `batchmean`.": dict(over="classes"),
+        "`mean` divides by the classes as well; the soft term's reduction is `batchmean`.": dict(reduction="mean"),
         "α and 1 − α are swapped: here α weighs the soft term.": lambda s, t, y, T, a: _kd(s, t, y, T, 1 - a),
         "The labels' term is at T as well; cross-entropy is always at T = 1.": dict(hard=None),
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
@@ -253,7 +250,7 @@ _CHAPTER_05 = [
         "These are magnitudes; squares are asked for.": dict(power=1),
         "The value is right, but the adapter gets no gradient: it is to be trained too.": dict(
             adapt=lambda a: a.detach()),
-    }, observe=lambda function, *given: with_gradient(function, *given, also=(1,))),
+    }, observe=partial(with_gradient, at=(0, 2))),
     Task("attention_map_loss", _maps, "a tensor with a gradient",
          "other numbers of channels, one image, a dead teacher; value and gradient.", _features,
          {
@@ -297,9 +294,8 @@ def _best(models, budget, key=lambda m: m["val"], fits=lambda size, most: size <
 def _candidates(rng):
     names = ("dense", "pruned", "int8", "4 bits", "distilled")
     val, test = (96.0, 95.5, 95.9, 93.0, 94.0), (95.0, 96.4, 95.2, 94.0, 94.5)
-    rows = [
-        dict(name=n, bytes=b, val=v, test=t) for n, b, v, t in zip(names, (200, 60, 50, 28, 9), val, test, strict=True)
-    ]
+    columns = zip(names, (200, 60, 50, 28, 9), val, test, strict=True)
+    rows = [dict(zip(("name", "bytes", "val", "test"), row, strict=True)) for row in columns]
     for budget in (60, 50, 20, 5, 500, int(rng.integers(30, 49))):
         yield [rows[i] for i in rng.permutation(5)], budget
 

@@ -10,11 +10,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from scipy.special import stdtrit  # Student's quantile, without the seconds that scipy.stats takes
 from torch import Tensor
 
 from course_lib.classroom.answers import Task, with_gradient
 
-__all__ = ["TASKS", "draw"]
+__all__ = ["TASKS", "draw", "interval"]
 
 
 def draw(rng: np.random.Generator, *shape: int) -> Tensor:
@@ -29,9 +30,8 @@ def _macs(widths, biases=0, times=1, layers=None, join=sum):
     return join([times * a * b + biases * b for a, b in pairwise(widths)][:layers])
 
 
-def _interval(a, b, paired=True, ddof=1, quantile=None, root=True, level=0.95, sign=1):
-    from scipy.special import stdtrit  # Student's quantile, without the seconds that scipy.stats takes
-
+def interval(a, b, paired=True, ddof=1, quantile=None, root=True, level=0.95, sign=1):
+    """Student's interval of the mean of a − b."""
     a, b = sign * np.asarray(a, dtype=float), sign * np.asarray(b, dtype=float)
     spread = (a - b).std(ddof=ddof) if paired else math.hypot(a.std(ddof=1), b.std(ddof=1))
     half = (quantile or stdtrit(len(a) - 1, (1 + level) / 2)) * spread / (math.sqrt(len(a)) if root else 1)
@@ -46,8 +46,6 @@ def _scores(rng):
 
 
 def _seeds(spread, gain, quantile=None, level=0.95, whole=1, less=0):
-    from scipy.special import stdtrit  # Student's quantile, without the seconds that scipy.stats takes
-
     seeds = 2
     while (quantile or stdtrit(seeds - 1, (1 + level) / 2)) * whole * spread / math.sqrt(seeds) > gain:
         seeds += 1
@@ -67,7 +65,7 @@ _CHAPTER_01 = [
         "The last layer is missing.": dict(layers=-1),
         "The layers' products are added, not multiplied.": dict(join=math.prod),
     }),
-    Task("paired_interval", _interval, "a pair (low, high)", "3, 8 and 24 pairs, as lists and as arrays.", _scores, {
+    Task("paired_interval", interval, "a pair (low, high)", "3, 8 and 24 pairs, as lists and as arrays.", _scores, {
         "That is for two unrelated rows: take the differences first, seed by seed.": dict(paired=False),
         "1.96 is for many seeds: Student's t with R − 1 degrees of freedom is wider.": dict(quantile=1.96),
         "That is how far *one* difference scatters: the mean of R scatters √R times less.": dict(root=False),
@@ -154,11 +152,11 @@ def _train(hold, masks, start):
 
 
 def _networks(rng):
-    for layers in (1, 2):
-        start = {
-            f"fc{i}.{kind}": draw(rng, *s) for i in range(layers) for kind, s in (("weight", (4, 3)), ("bias", (4,)))
-        }
-        yield {name: draw(rng, 4, 3) > 0.2 for name in start if "weight" in name}, start
+    for layers in (["fc0"], ["fc0", "fc1"]):
+        start = {}
+        for layer in layers:
+            start |= {f"{layer}.weight": draw(rng, 4, 3), f"{layer}.bias": draw(rng, 4)}
+        yield {f"{layer}.weight": draw(rng, 4, 3) > 0.2 for layer in layers}, start
 
 
 def _cubic(step, steps, final, power=3, most=1, slow=False, left=False):

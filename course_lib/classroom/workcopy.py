@@ -16,9 +16,10 @@ from course_lib.classroom.lessons import CourseError, find_lessons, select_lesso
 from course_lib.classroom.reports import shown_path
 from course_lib.files import write_file
 
-__all__ = ["bring_back", "open_lab", "update_copy"]
+__all__ = ["bring_back", "open_lab", "update_copy", "write_kernel"]
 
 FIRST = "00_start_here.ipynb"
+COPIED = Path(".course", "copied.json")
 NOT_COPIED = "solutions"  # whoever wants to look finds them in notebooks/; a folder of work is graded without them
 # Defaults of the course: what a reader sets in JupyterLab stands above them. No news: they would ask the network.
 SETTINGS = {
@@ -40,13 +41,12 @@ def update_copy(notebooks: Path, work: Path) -> list[str]:
         held = _hash(target.read_bytes()) if target.exists() else None
         if held in (None, new, copied.get(place)):
             if held != new:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_file(target, data)
+                _put(target, data)
             copied[place] = new
         elif copied.get(place) != new:
             again = f'make fresh FILES="{place.removesuffix(".ipynb")}"'
             told.append(f"{shown_path(target)} is as you left it, and there is a newer one: {again} fetches that")
-    _remember(work, copied)
+    _put(work / COPIED, json.dumps(copied, indent=1).encode())
     return told
 
 
@@ -62,35 +62,34 @@ def bring_back(notebooks: Path, work: Path, words: Sequence[str], *, yes: bool =
     """
     sources, copied = _sources(notebooks), _copied(work)
     for place in _named(words, notebooks, sources, work):
-        target, data = work / place, sources[place]
+        target, data, kept = work / place, sources[place], None
         if target.exists() and target.read_bytes() != data:
-            kept = next(path for path in _other_names(target) if not path.exists())
+            names = (target.with_name(f"{target.stem}-mine{number or ''}.ipynb") for number in count())
+            kept = next(path for path in names if not path.exists())  # by its hyphen no name of the course's
             if not yes and not _agreed(f"{shown_path(target)}: keep yours as {kept.name}, and fetch the course's?"):
                 print(f"{shown_path(target)}: left as it is")
                 continue
             target.rename(kept)
-            print(f"{shown_path(target)}: the course's; yours is {kept.name}")
-        else:
-            print(f"{shown_path(target)}: the course's")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, data)
+        print(f"{shown_path(target)}: the course's" + (f"; yours is {kept.name}" if kept else ""))
+        _put(target, data)
         copied[place] = _hash(data)
-    _remember(work, copied)
+    _put(work / COPIED, json.dumps(copied, indent=1).encode())
     return 0
+
+
+def write_kernel(folder: Path) -> None:
+    """Make this interpreter the kernel ``python3`` of whoever has ``folder`` in JUPYTER_PATH."""
+    kernel = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
+    kernel |= {"display_name": "Python 3 (ipykernel)", "language": "python", "metadata": {"debugger": True}}
+    _put(folder / "kernels" / "python3" / "kernel.json", json.dumps(kernel, indent=1).encode())
 
 
 def open_lab(notebooks: Path, work: Path, flags: Sequence[str]) -> int:
     """Bring the copy up to date and run JupyterLab on it until it is stopped; ``flags`` are JupyterLab's own."""
     print("\n".join(update_copy(notebooks, work)), end="", flush=True)
     own = (work / ".course").resolve()
-    kernel = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
-    kernel |= {"display_name": "Python 3 (ipykernel)", "language": "python", "metadata": {"debugger": True}}
-    for place, content in (
-        ("labconfig/default_setting_overrides.json", SETTINGS),
-        ("kernels/python3/kernel.json", kernel),  # found before a python3 that another installation has left
-    ):
-        (own / place).parent.mkdir(parents=True, exist_ok=True)
-        write_file(own / place, json.dumps(content, indent=1).encode())
+    _put(own / "labconfig" / "default_setting_overrides.json", json.dumps(SETTINGS, indent=1).encode())
+    write_kernel(own)  # found before a python3 that another installation has left
     for name in ("JUPYTER_CONFIG_PATH", "JUPYTER_PATH"):
         os.environ[name] = os.pathsep.join(filter(None, (str(own), os.environ.get(name))))
     from jupyterlab.labapp import LabApp
@@ -121,15 +120,15 @@ def _hash(data: bytes) -> str:
 def _copied(work: Path) -> dict[str, str]:
     """Place -> hash of what was copied there. Where that is not known, what lies there is the reader's."""
     try:
-        found = json.loads((work / ".course" / "copied.json").read_text(encoding="utf-8"))
+        found = json.loads((work / COPIED).read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
-def _remember(work: Path, copied: dict[str, str]) -> None:
-    (work / ".course").mkdir(parents=True, exist_ok=True)
-    write_file(work / ".course" / "copied.json", json.dumps(copied, indent=1).encode())
+def _put(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data)
 
 
 def _named(words: Sequence[str], notebooks: Path, sources: dict[str, bytes], work: Path) -> list[str]:
@@ -142,11 +141,6 @@ def _named(words: Sequence[str], notebooks: Path, sources: dict[str, bytes], wor
         places = [place for place in (plain, f"{plain}.ipynb") if place in sources]
         chosen |= set(places or (x.place.as_posix() for x in select_lessons(find_lessons(notebooks), [word])))
     return [place for place in sources if place in chosen]
-
-
-def _other_names(path: Path):
-    """``1_name-mine.ipynb``, then with a number; by a hyphen no name of the course's."""
-    return (path.with_name(f"{path.stem}-mine{number or ''}.ipynb") for number in count())
 
 
 def _agreed(question: str) -> bool:

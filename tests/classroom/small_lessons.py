@@ -13,19 +13,13 @@ PARAMETERS = """\
 dataset: str = "digits"
 profile: str = "quick"
 seed: int = 0
-alpha: float = 0.25  # of no use
-widths: list[int] = [8, 32]"""
+widths: list[int] = [8]"""
 
 
 def claim(id="01.one", status="holds", **changes):
     """A record as the ledger writes it."""
-    record = {
-        "id": id,
-        "lesson": id[:2],
-        "sentence": f"Sentence of {id}.",
-        "holds": status == "holds",
-        "status": status,
-    }
+    record = {"id": id, "lesson": id[:2], "sentence": f"Sentence of {id}.", "status": status}
+    record |= {"holds": status == "holds"}
     record |= {"verdict": "held" if status == "holds" else "not", "measured": "97.8 ± 0.4", "dataset": "digits"}
     return record | {"profile": "quick", "seed": 0, "note": "", "expected": "", "parts": []} | changes
 

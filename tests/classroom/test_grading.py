@@ -5,8 +5,9 @@ import json
 
 import nbformat
 import pytest
+from small_lessons import course
 
-from course_lib.classroom import practice
+from course_lib.classroom import grading
 from course_lib.classroom.grading import grade
 from course_lib.classroom.lessons import CourseError, notebooks_folder
 
@@ -41,11 +42,6 @@ def notebook(name=None):
     return made
 
 
-def rows_of(path):
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
     """A folder of all kinds of submissions, graded once: (folder, rows by file)."""
@@ -69,10 +65,10 @@ def graded(tmp_path_factory):
     (folder / "strange.ipynb").write_text(json.dumps({"nbformat": 4, "cells": [{"cell_type": "code", "source": "1"}]}))
     (folder / ".ipynb_checkpoints").mkdir()
     nbformat.write(notebook(), folder / ".ipynb_checkpoints" / "anna-checkpoint.ipynb")
-    path = grade(folder, jobs=2, seconds=4, memory=3)
     found = {}
-    for row in rows_of(path):
-        found.setdefault(row["file"], []).append(row)
+    with grade(folder, jobs=2, seconds=4, memory=3).open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["file"], []).append(row)
     return folder, found
 
 
@@ -81,20 +77,14 @@ def points(rows):
 
 
 def test_a_right_notebook_gets_all_points_and_no_hint(graded):
-    folder, found = graded
-    for file in (
-        "anna/practice.ipynb",
-        "large.ipynb",
-        "other/bert.ipynb",
-        "magic/practice.ipynb",
-        "helper/practice.ipynb",
-    ):
-        rows = found[file]
-        assert tuple(row["task"] for row in rows) == TASKS, file
-        assert [row["points"] for row in rows] == [row["of"] for row in rows] == ["1", "2", "3", "1"], (file, rows)
-        assert not any(row["hint"] for row in rows)
-    assert not (folder / ".ipynb_checkpoints" / "grades.csv").exists()
+    found = graded[1]
+    folders = [f"{name}/practice.ipynb" for name in ("anna", "magic", "helper")]
+    for file in ("large.ipynb", "other/bert.ipynb", *folders):
+        told = [(row["task"], row["points"], row["of"], row["hint"]) for row in found[file]]
+        assert told == [(task, n, n, "") for task, n in zip(TASKS, "1231", strict=True)], file
     assert not any("checkpoint" in file for file in found)
+    names = [found[file][0]["name"] for file in ("anna/practice.ipynb", "bert.ipynb", "other/bert.ipynb")]
+    assert names == ["anna", "bert", "bert"]
 
 
 @pytest.mark.parametrize(
@@ -131,38 +121,34 @@ def test_what_is_no_submission_has_one_row_that_says_so(graded, name):
     assert str(graded[0]) not in row["hint"]
 
 
-def test_names_come_from_folders_or_files(graded):
-    names = {file: rows[0]["name"] for file, rows in graded[1].items()}
-    assert names["anna/practice.ipynb"] == "anna"
-    assert names["bert.ipynb"] == names["other/bert.ipynb"] == "bert"
-
-
-def test_it_goes_on_where_it_stopped(graded, tmp_path, capsys):
+def test_it_goes_on_where_it_stopped(tmp_path):
     for name in ("a", "b"):
         nbformat.write(notebook(), tmp_path / f"{name}.ipynb")
     path = grade(tmp_path, jobs=1)
     first = path.read_text()
-    lines = [line for line in first.splitlines() if not line.startswith("b.ipynb")]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(line for line in first.splitlines(True) if not line.startswith("b.ipynb")))
     nbformat.write(notebook("no_python"), tmp_path / "c.ipynb")
-    capsys.readouterr()
-    assert practice.main(["grade", str(tmp_path), "--jobs", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "a.ipynb" not in said
-    assert "b.ipynb: 7 of 7 points in 01_concepts" in said
+    code, said, _ = course("practice", "grade", tmp_path, "--jobs", "1")
+    assert (code, "a.ipynb" in said, "b.ipynb: 7 of 7 points in 01_concepts" in said) == (0, False, True)
     assert "c.ipynb: 6 of 7 points" in said
     assert path.read_text().startswith(first)
     nbformat.write(notebook("no_python"), tmp_path / "a.ipynb")
-    grade(tmp_path, jobs=1, chapter="01")
-    assert "a.ipynb: 6 of 7 points" in capsys.readouterr().out
+    assert "a.ipynb: 6 of 7 points" in course("practice", "grade", tmp_path, "--chapter", "01")[1]
 
 
-def test_what_cannot_be_graded_is_said(tmp_path, capsys):
+def test_what_ends_every_run_ends_the_grading(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "_child", None)
+    nbformat.write(notebook(), tmp_path / "a.ipynb")
+    rows, told = grading._grade_one(tmp_path / "a.ipynb", {"01_concepts": dict.fromkeys(TASKS, 1)}, 4, 3)
+    assert told == "0 of 4 points in 01_concepts"
+    assert all("it ended the process" in hint for *_, hint in rows)
+
+
+def test_what_cannot_be_graded_is_said(tmp_path):
     with pytest.raises(CourseError, match="no notebook in"):
         grade(tmp_path)
     nbformat.write(notebook(), tmp_path / "a.ipynb")
-    with pytest.raises(CourseError, match="no chapter '09'"):
+    with pytest.raises(CourseError, match=r"no chapter '09'.* there are 01_concepts, 02_pruning"):
         grade(tmp_path, chapter="09")
-    assert practice.main(["grade", "--help"]) == 0
-    assert "Runs the code of every notebook" in capsys.readouterr().out
-    assert practice.main(["grade"]) == 2
+    assert "Runs the code of every notebook" in course("practice", "grade", "--help")[1]
+    assert course("practice", "grade")[0] == 2

@@ -2,14 +2,14 @@
 
 import base64
 import html
+import io
 import json
 import os
-import pty
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from small_lessons import claim, course, write_executed, write_notebook
@@ -40,10 +40,7 @@ def root(tmp_path):
 def test_claims_are_printed_and_counted(root):
     code, text, _ = course("claims", "--notebooks", root / "notebooks")
     assert (code, text.splitlines()[0]) == (0, f"claims of {root / 'notebooks'}")
-    told = (
-        "✓  06.b   Sentence of 06.b. (expected, not seen: a gain (Author 2015))  40 | 41× (needs VNNI) [digits, quick]"
-    )
-    assert told in text
+    assert "✓  06.b   Sentence of 06.b. (expected, not seen: a gain (Author 2015))  40 | 41× (needs VNNI) [dig" in text
     assert text.endswith("\n4 claims: 4 hold, 0 fail, 0 do not hold here\n")
     write_executed(root / "build" / "course" / "mnist-quick" / "01_concepts.ipynb", claim("01.a", "fails"))
     code, text, _ = course("claims", "--notebooks", root / "notebooks")
@@ -98,9 +95,9 @@ def part(value, low, high):
 def test_replicate_tells_where_each_claim_held_and_keeps_earlier_runs(root, monkeypatch):
     made = []
 
-    def run_lessons(notebooks, words, *, given, output, jobs, resume):
-        made.append((given, output.name, jobs, resume))
-        seed, mnist = int(given["seed"]), "dataset" in given
+    def run_lessons(notebooks, *, lessons, seed, dataset, profile, output, jobs, resume):
+        made.append((seed, output.name, jobs, resume))
+        seed, mnist = int(seed), dataset == "mnist"
         sentence = "Sentence of 01.a" + ", reworded." * (seed == 2)
         good = claim("01.a", parts=[part(seed, seed - 0.6, seed + 0.6)], measured=f"{seed}.0", sentence=sentence)
         bad = claim("06.a", "not here" if mnist else "fails", verdict="undecided", expected="a gain", lesson="06.1")
@@ -112,14 +109,13 @@ def test_replicate_tells_where_each_claim_held_and_keeps_earlier_runs(root, monk
     again = ("replicate", "--jobs", 2, "--notebooks", root / "notebooks", "--seeds")
     assert course(*again, "0 1")[0] == 0
     assert course(*again, "3", "--dataset", "mnist")[0] == 0
-    assert made[0] == ({"seed": "0"}, "digits-0", 2, True)
+    assert made[0] == ("0", "digits-0", 2, True)
     assert [name for _, name, _, _ in made] == ["digits-0", "digits-1", "mnist-3"]
     page = (root / "docs" / "claims.md").read_text()
     assert "Of 2 claims 1 hold in every run on the default data (digits). Of 2 intervals 2 contain the mean" in page
     assert "## 01 01_concepts\n\n| claim | digits 0 | digits 1 | mnist 3 |\n|---|---|---|---|\n" in page
     assert "\n| Sentence of 01.a | ✓ 0.0 | ✓ 1.0 | ✓ 3.0 |\n" in page
-    told = "| Sentence of 06.a. *Expected, not seen: a gain.* | ? 97.8 ± 0.4 | ? 97.8 ± 0.4 | ? 97.8 ± 0.4 |"
-    assert told in page
+    assert "| Sentence of 06.a. *Expected, not seen: a gain.* | ? 97.8 ± 0.4 | ? 97.8 ± 0.4 | ? 97.8 ± 0.4 |" in page
     assert course(*again, "2")[0] == 0
     page = (root / "docs" / "claims.md").read_text()
     assert "| Sentence of 01.a, reworded. |  |  | ✓ 2.0 |  |" in page
@@ -141,35 +137,23 @@ def test_the_command_line_says_what_it_can_and_what_it_cannot(tmp_path):
     assert "01      Gr??e und ?" in shown
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a terminal as POSIX has it")
-def test_in_a_terminal_long_texts_fold(root):
-    parent, child = pty.openpty()
-    env = {n: v for n, v in os.environ.items() if n != "CI"} | {"TERM": "xterm", "COLUMNS": "60", "PYTHONUTF8": "1"}
-    command = [sys.executable, "-m", "course_lib", "claims", "--notebooks", root / "notebooks"]
-    process = subprocess.Popen(command, env=env, stdout=child)
-    os.close(child)
-    shown = b""
-    with open(parent, "rb", buffering=0) as screen:
-        try:
-            while more := screen.read(4096):
-                shown += more
-        except OSError:  # what Linux says when the other side has closed
-            pass
-    assert process.wait() == 0
-    lines = shown.decode().splitlines()
-    assert max(map(len, lines[2:])) <= 60
-    assert "Author 2015" in shown.decode()
+def test_in_a_terminal_long_texts_fold(root, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert cli.main(["claims", "--notebooks", str(root / "notebooks")]) == 0
+    assert max(map(len, screen.getvalue().splitlines()[2:])) <= 60
+    assert "Author 2015" in screen.getvalue()
 
 
 def test_bench_compares_in_turn_and_says_what_is_wanted(monkeypatch):
-    def pause(seconds):
-        return lambda: time.sleep(seconds)
-
-    pairs = {"replicas": (pause(0.08), pause(0.01), 1, 3.0), "loss": (pause(0.01), pause(0.01), 2, 1.9)}
+    slow, fast = (partial(time.sleep, seconds) for seconds in (0.08, 0.01))
+    pairs = {"replicas": (slow, fast, 1, 3.0), "loss": (fast, fast, 2, 1.9)}
     monkeypatch.setattr(cli, "bench_pairs", lambda: pairs)
     code, text, _ = course("bench")
     assert (code, "at least 3x is wanted" in text, "at most 1.9x is wanted" in text) == (0, True, True)
-    pairs["replicas"] = (pause(0.01), pause(0.01), 1, 3.0)
+    pairs["replicas"] = (fast, fast, 1, 3.0)
     assert course("bench")[0] == 1
 
 
@@ -207,20 +191,10 @@ def test_the_doctor_tries_a_kernel():
     assert [(status, found) for status, _, found, _ in doctor._kernel()] == [("ok", "starts and computes")]
 
 
-@pytest.mark.parametrize(
-    ("system", "text"),
-    [
-        (("Darwin", "arm64", "glibc", 64), ""),
-        (("Linux", "aarch64", "glibc", 64), ""),
-        (("Windows", "AMD64", "glibc", 64), ""),
-        (("Darwin", "x86_64", "glibc", 64), "Intel Macs"),
-        (("Linux", "x86_64", "musl", 64), "musl"),
-        (("Linux", "armv7l", "glibc", 32), "32-bit"),
-        (("Linux", "riscv64", "glibc", 64), "riscv64"),
-    ],
-)
-def test_the_doctor_names_systems_without_torch(system, text):
-    told = doctor.without_torch(*system)
-    assert bool(told) == bool(text)
-    assert text in told
-    assert Path(doctor.ROOT, "pyproject.toml").is_file()
+def test_the_doctor_names_systems_without_torch():
+    for system in (("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")):
+        assert doctor.without_torch(*system, "glibc", 64) == ""
+    assert "Intel Macs" in doctor.without_torch("Darwin", "x86_64", "glibc", 64)
+    assert "musl" in doctor.without_torch("Linux", "x86_64", "musl", 64)
+    assert "riscv64" in doctor.without_torch("Linux", "riscv64", "glibc", 64)
+    assert "32-bit" in doctor.without_torch("Linux", "armv7l", "glibc", 32)

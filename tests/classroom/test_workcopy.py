@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,8 +62,7 @@ def test_what_the_reader_left_alone_follows_the_course_and_what_they_changed_sta
 
 def test_where_nothing_is_remembered_everything_is_the_readers(folders):
     source, work = folders
-    write_notebook(work / SECOND, "mine")
-    mine = (work / SECOND).read_bytes()
+    mine = write_notebook(work / SECOND, "mine").read_bytes()
     assert len(update_copy(source, work)) == 1
     (work / ".course" / "copied.json").write_text("torn {")
     assert len(update_copy(source, work)) == 1
@@ -105,8 +105,6 @@ def test_fresh_says_what_it_does_not_know(folders, words, says):
 
 
 def test_links_of_the_copy_lead_to_notebooks_of_the_copy(tmp_path):
-    import re
-
     update_copy(notebooks_folder(), tmp_path)
     places = notebooks_of(tmp_path)
     assert len(places) > 30
