@@ -15,6 +15,7 @@ from course_lib.classroom.lessons import CourseError, find_lessons, read_noteboo
 from course_lib.files import write_file
 
 __all__ = ["claims_of", "count_claims", "refresh_readme", "replicate", "show_claims", "show_table", "shown_path"]
+__all__ += ["watched"]
 
 # The ledger's own, repeated here: importing it would load torch for a command that only reads files.
 MIME = "application/vnd.compression-course.claims+json"
@@ -173,8 +174,12 @@ def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*headers, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(Text(" ".join(cell.split())) for cell in row))
-    watched = sys.stdout.isatty() and not os.environ.get("CI")
-    Console(width=None if watched else 10_000).print(table)
+    Console(width=None if watched() else 10_000).print(table)
+
+
+def watched() -> bool:
+    """Whether standard output is a terminal that a person looks at and that can redraw a line."""
+    return sys.stdout.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
 
 def shown_path(path: Path) -> str:

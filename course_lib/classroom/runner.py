@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from typing import Any
 
 import course_lib
 from course_lib.classroom.lessons import CourseError, Lesson, find_lessons, given_value, read_notebook, select_lessons
-from course_lib.classroom.reports import claims_of, count_claims, shown_path
+from course_lib.classroom.reports import claims_of, count_claims, shown_path, watched
 from course_lib.classroom.workcopy import write_kernel
 from course_lib.files import source_hash, write_file
 
@@ -114,8 +114,13 @@ class _Run:
     """A run of lessons; ``failed`` has the numbers of those that did not reach their end."""
 
     def __init__(self, values: dict[str, dict], folder: Path, timeout: int, jobs: int, store: bool):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         self.values, self.folder, self.timeout, self.jobs, self.store = values, folder, timeout, jobs, store
         self.signal, self.failed, self.processes, self.lock = 0, set(), [], threading.Lock()
+        label = TextColumn("{task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(*columns, transient=True, disable=not watched())
 
     def final(self, lesson: Lesson) -> Path:
         return lesson.path if self.store else self.folder / lesson.place
@@ -126,7 +131,7 @@ class _Run:
             notebook, _ = read_notebook(self.final(lesson))
             run = notebook["metadata"].get("course_run")
             if isinstance(run, dict) and run.get("key") == self._key(lesson) and run.get("cells") == _digest(notebook):
-                _say(f"{lesson.number} {lesson.name}: executed before from these bytes and values, skipped")
+                self._say(f"{lesson.number} {lesson.name}: executed before from these bytes and values, skipped")
                 return True
         return False
 
@@ -142,6 +147,7 @@ class _Run:
             with (
                 tempfile.TemporaryDirectory(prefix="course-", ignore_cleanup_errors=True) as scratch,
                 ThreadPoolExecutor(self.jobs) as pool,
+                self.bars,
             ):
                 pending = {pool.submit(self._one, lesson, Path(scratch, lesson.number)) for lesson in lessons}
                 try:
@@ -169,7 +175,7 @@ class _Run:
         kept = self.folder / lesson.place.with_name(f"{lesson.path.stem}-failed.ipynb")
         if self.store and not failure:
             if absent := [name for name in lesson.extras if find_spec(name) is None]:
-                _say(f"{label}: executed, and left as it is: its stored outputs need {', '.join(absent)}")
+                self._say(f"{label}: executed, and left as it is: its stored outputs need {', '.join(absent)}")
                 return
             false = [c for c in claims_of([executed]) if c["status"] == "fails"]
             if lesson.path.read_bytes() != lesson.data:
@@ -179,10 +185,10 @@ class _Run:
                 failure = "a claim is false:" + "".join(told)
         if failure:
             self.failed.add(lesson.number)
-            _say(f"FAILED {label} after {seconds} s, {failure}")
+            self._say(f"FAILED {label} after {seconds} s, {failure}")
             if executed.is_file():
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                _say(f"  kept as {shown_path(write_file(kept, executed.read_bytes()))}")
+                self._say(f"  kept as {shown_path(write_file(kept, executed.read_bytes()))}")
             return
         notebook, _ = read_notebook(executed)
         notices = _clean(notebook, self.store)
@@ -195,7 +201,7 @@ class _Run:
         self.final(lesson).parent.mkdir(parents=True, exist_ok=True)
         write_file(self.final(lesson), text.encode("utf-8", "surrogatepass"))
         kept.unlink(missing_ok=True)
-        _say("\n".join([f"{label}: done in {seconds} s", *notices]))
+        self._say("\n".join([f"{label}: done in {seconds} s", *notices]))
 
     def _process(self, lesson: Lesson, label: str, scratch: Path) -> str:
         """Execute into ``scratch / "executed.ipynb"``; returns what went wrong, or "" if every cell was executed."""
@@ -214,10 +220,15 @@ class _Run:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
             process = subprocess.Popen(command, **pipes, env=_environment(scratch, self.jobs), start_new_session=True)
             self.processes.append(psutil.Process(process.pid))
-        _say(f"{label}: {len(cells)} cells")
+        bar, failure = self.bars.add_task(label, total=len(cells)), ""
+        if self.bars.disable:
+            self._say(f"{label}: {len(cells)} cells")
         with process.stdin, process.stdout:
-            failure = process.stdout.read().decode()
+            for event in map(json.loads, process.stdout):
+                self.bars.update(bar, completed=event.get("cell"))
+                failure = event.get("failed", failure)
             code = process.wait()
+        self.bars.remove_task(bar)
         if code and not failure:
             log_end = (scratch / "log").read_text(encoding="utf-8", errors="replace").strip()[-600:]
             failure = f"its process ended with code {code}\n{log_end}".strip()
@@ -230,9 +241,8 @@ class _Run:
         parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), self.values[lesson.number], library]
         return hashlib.sha256(repr([*parts, platform.python_version(), version("torch")]).encode()).hexdigest()
 
-
-def _say(text: str) -> None:
-    print(f"{text}\n", end="", flush=True)  # in one piece: several threads speak
+    def _say(self, text: str) -> None:
+        self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def usable_cores() -> int:
@@ -300,18 +310,17 @@ def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
 
 
 def _work(scratch: str, **job: Any) -> int:
-    """The process for one lesson; it says what went wrong on standard output."""
-    # Whatever a kernel or a library prints goes to the log.
-    answer = os.dup(1)
+    """The process for one lesson."""
+    # Whatever a kernel or a library prints goes to the log: only events may reach the runner.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     threading.Thread(target=_end_with_runner, args=(Path(scratch),), daemon=True).start()
-    failure = _papermill(scratch, **job)
-    with open(answer, "wb") as file:
-        file.write(failure.encode("utf-8", "replace"))
+    if failure := _papermill(lambda **event: events.write(json.dumps(event) + "\n"), scratch, **job):
+        events.write(json.dumps({"failed": failure}) + "\n")
     return 1 if failure else 0
 
 
-def _papermill(scratch: str, cwd: str, parameters: dict[str, Any], timeout: int) -> str:
+def _papermill(tell: Callable, scratch: str, cwd: str, parameters: dict[str, Any], timeout: int) -> str:
     """Execute ``source.ipynb`` into ``executed.ipynb``; returns what went wrong, or ""."""
     warnings.simplefilter("ignore")  # the tools' own deprecations; warnings inside the kernel are not touched
     import papermill
@@ -323,6 +332,7 @@ def _papermill(scratch: str, cwd: str, parameters: dict[str, Any], timeout: int)
     def cell_started(cell, cell_index):
         nonlocal position
         position += "injected-parameters" not in cell.metadata.get("tags", ())
+        tell(cell=position)
 
     paths = (f"{scratch}/{name}.ipynb" for name in ("source", "executed"))
     paths = (path.replace("{", "{{").replace("}", "}}") for path in paths)  # papermill takes them for format strings
