@@ -23,8 +23,8 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # What the torch of another index brings itself, if it needs it.
 OF_TORCH := ^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==
 
-# Threads that wait sleep: beside anything else, busy waiting makes a training several times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait soon sleep: beside anything else, busy waiting makes a training several times slower.
+export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev course lab fresh practice test lint format notebooks readme replicate bench demo book slides lock clean

@@ -9,9 +9,10 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Threads that wait shall sleep: where anything else runs, OpenMP's busy waiting makes a training several times slower.
-# Read when torch is loaded, so it holds for `python -m course_lib` and for the kernels that it starts.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads shall wait for each other only briefly before they sleep: where anything else runs, OpenMP's long busy waiting
+# makes a training several times slower. Read when torch is loaded, so it holds for `python -m course_lib` and for the
+# kernels that it starts, on Linux.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _ROOMS = ("methods", "evidence", "lab", "classroom")
 

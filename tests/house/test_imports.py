@@ -99,16 +99,16 @@ def test_importing_the_library_costs_next_to_nothing():
 
 
 def run(code, **environment):
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | environment
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | environment
     return subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
-def test_threads_that_wait_sleep_unless_somebody_chose_otherwise():
-    told = "import os, course_lib; print(os.environ['OMP_WAIT_POLICY'])"
-    assert run(told) == "PASSIVE"
-    assert run(told, OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+def test_threads_that_wait_soon_sleep_unless_somebody_chose_otherwise():
+    told = "import os, course_lib; print(os.environ['GOMP_SPINCOUNT'])"
+    assert run(told) == "3000"
+    assert run(told, GOMP_SPINCOUNT="0") == "0"
 
 
 def test_rooms_are_reached_by_name():
