@@ -323,6 +323,8 @@ def _work(scratch: str, **job: Any) -> int:
 def _papermill(tell: Callable, scratch: str, cwd: str, parameters: dict[str, Any], timeout: int) -> str:
     """Execute ``source.ipynb`` into ``executed.ipynb``; returns what went wrong, or ""."""
     warnings.simplefilter("ignore")  # the tools' own deprecations; warnings inside the kernel are not touched
+    # A grammar for links that jsonschema would compile first, which takes a second; no notebook needs it.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
