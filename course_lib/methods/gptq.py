@@ -4,12 +4,13 @@ Frantar et al. 2023, after Optimal Brain Surgeon (Hassibi & Stork 1993). What is
 weights but of the layer's outputs, on inputs as the layer really gets them.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import copy_model, input_hooks, real_tensor
+from course_lib.gate import UnsupportedModel, copy_model, eval_mode, input_hooks, real_tensor
 from course_lib.methods.quantization import QuantParams, naming, straight_through
 
 __all__ = ["gptq", "gptq_layers", "input_hessian"]
@@ -86,7 +87,8 @@ def gptq_layers(
     """A copy of the model whose linear layers went through :func:`gptq`, in the order in which the model lists them.
 
     Each layer's inputs are those that the layers before it, already rounded, give on ``inputs`` (calibration data, from
-    the training part). ``choose_grid(weight)`` gives a layer's grid; no bias is changed.
+    the training part). ``choose_grid(weight)`` gives a layer's grid; no bias is changed. UnsupportedModel: two modules
+    share a layer's weight, so that one grid would have to serve two kinds of inputs.
 
     >>> from course_lib.methods.quantization import choose_qparams
     >>> model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(50, 4)
@@ -94,9 +96,12 @@ def gptq_layers(
     True
     """
     model = copy_model(model)
+    users = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            with naming(name), torch.no_grad():
+            if users[id(layer.weight)] > 1:
+                raise UnsupportedModel(f"{name} shares its weight with another module: give each a weight of its own")
+            with naming(name), torch.no_grad(), eval_mode(model):
                 q = choose_grid(layer.weight)
                 layer.weight.copy_(gptq(layer.weight, input_hessian(model, layer, inputs), q, damping=damping))
     return model

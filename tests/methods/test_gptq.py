@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from course_lib.gate import UnsupportedModel
 from course_lib.methods.gptq import gptq, gptq_layers, input_hessian
 from course_lib.methods.quantization import choose_qparams, dequantize, fake_quantize, quantize
 
@@ -88,6 +89,21 @@ def test_layers_see_what_the_rounded_layers_before_them_give():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(rounded[2].bias, model[2].bias)
     assert not rounded[0]._forward_pre_hooks
+
+
+def test_a_model_in_training_mode_is_asked_as_it_will_answer():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 5)), torch.randn(40, 6)
+    rounded = [gptq_layers(m, x, lambda w: choose_qparams(w, 3)) for m in (model.train(), copy.deepcopy(model).eval())]
+    assert torch.equal(rounded[0][1].weight, rounded[1][1].weight)
+    assert rounded[0].training
+
+
+def test_a_weight_of_two_layers_is_refused():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].weight = model[0].weight
+    with pytest.raises(UnsupportedModel, match="0 shares its weight"):
+        gptq_layers(model, torch.randn(4, 5), lambda w: choose_qparams(w, 4))
 
 
 def test_what_does_not_fit_is_named():
