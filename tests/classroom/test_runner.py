@@ -308,3 +308,25 @@ def alive(process):
 
 def test_the_mime_type_is_the_ledgers():
     assert reports.MIME == claims.MIME == MIME
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a terminal as POSIX has it")
+def test_in_a_terminal_bars_count_the_cells(tmp_path):
+    import pty
+
+    write_notebook(tmp_path / "01_slow.ipynb", "import time; time.sleep(1)", "1 + 1")
+    parent, child = pty.openpty()
+    env = {n: v for n, v in os.environ.items() if n != "CI"} | {"TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "course_lib", "run", "--notebooks", tmp_path, "--output", tmp_path / "out"]
+    with subprocess.Popen(command, env=env, stdout=child, stderr=child):
+        os.close(child)
+        shown = b""
+        try:
+            while more := os.read(parent, 4096):
+                shown += more
+        except OSError:  # what Linux says when the other side has closed
+            pass
+    os.close(parent)
+    assert b"2/4" in shown or b"3/4" in shown
+    assert "done in" in shown.decode()
+    assert "4 cells" not in shown.decode()
