@@ -1,6 +1,7 @@
 """Affine quantization against PyTorch's own fake quantization, against loops, and its errors."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -137,6 +138,12 @@ def test_integer_types_and_bits_of_a_grid():
         assert QuantParams(scale=1.0, zero_point=0, qmin=low, qmax=high).dtype == dtype
     for symmetric in (True, False):
         assert [choose_qparams(torch.ones(2), bits, symmetric=symmetric).bits for bits in BITS] == list(BITS)
+
+
+def test_a_grid_stays_as_it_was_made():
+    grid = QuantParams(0.1, 0, -127, 127)
+    with pytest.raises(FrozenInstanceError):
+        grid.scale = torch.tensor(0.2)
 
 
 def test_defaults_and_nothing_at_all():
