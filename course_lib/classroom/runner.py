@@ -40,6 +40,8 @@ FEW_IMAGES, TOO_FEW_IMAGES = 1000, 200
 SHOWN_LINES = 14
 CELL_MARKS = ("papermill", "execution", "ExecuteTime", "lines_to_next_cell")  # what tools leave in a cell
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# Where outputs are folded, JupyterLab shows the first line of the first: without this, the answer itself.
+FOLDED = {"text/html": ["<!-- the answer: open it -->"], "text/plain": ["The answer:"]}
 
 
 def run_lessons(
@@ -306,6 +308,8 @@ def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
                 dropped.append(f"  cell {position} wrote to stderr, which is not stored: {first}")
             if output.get("name") == "stderr" or WIDGET in output.get("data", ()):
                 cell["outputs"].remove(output)
+        if store and cell["metadata"].get("jupyter", {}).get("outputs_hidden") and cell["outputs"]:
+            cell["outputs"].insert(0, {"output_type": "display_data", "data": dict(FOLDED), "metadata": {}})
     return dropped
 
 

@@ -241,6 +241,18 @@ def test_store_puts_clean_outputs_into_the_lessons(tmp_path):
     assert good.read_bytes() == first
 
 
+def test_the_line_that_jupyterlab_shows_of_a_folded_answer_does_not_give_it_away(tmp_path):
+    path = write_notebook(tmp_path / "notebooks" / "01_a.ipynb", "print('the answer is 8 %')")
+    notebook = json.loads(path.read_text())
+    notebook["cells"][2]["metadata"]["jupyter"] = {"outputs_hidden": True}
+    path.write_text(json.dumps(notebook))
+    for _ in range(2):  # stored once more, nothing piles up
+        assert course("run", "--notebooks", path.parent, "--store")[0] == 0
+        curtain, answer = json.loads(path.read_text())["cells"][2]["outputs"]
+        assert curtain["data"]["text/html"] == ["<!-- the answer: open it -->"]
+        assert answer["text"] == ["the answer is 8 %\n"]
+
+
 def test_store_keeps_what_only_an_extra_can_make_anew(tmp_path):
     folder = tmp_path / "notebooks"
     kept = write_notebook(folder / "01_a" / "1_extra.ipynb", "1 + 1", extras=["json", "no_such_module"])

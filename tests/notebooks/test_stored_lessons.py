@@ -103,6 +103,9 @@ def test_what_follows_predict_first_is_folded(number):
         elif asked and cell.get("outputs"):
             assert hidden(cell, "outputs"), f"its output gives the answer away: {cell['source'][:200]}"
             asked = False
+        if cell.get("outputs") and hidden(cell, "outputs"):
+            shown = "".join(cell["outputs"][0].get("data", {}).get("text/html", ""))
+            assert shown.startswith("<!--"), f"JupyterLab shows this line of what is folded: {cell['source'][:200]}"
 
 
 @each
