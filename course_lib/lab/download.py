@@ -123,6 +123,8 @@ def _lying(source: Source, folder: Path) -> tuple[Content, list[str]]:
     """What lies in the folder, held against the record of what we fetched, and the names of what is missing."""
     record, held = folder / RECORD, {}
     lines = record.read_text("utf-8", errors="replace").splitlines() if record.is_file() else []
+    if not all(re.fullmatch(r"[0-9a-f]{64}  \S+", line) for line in lines):
+        raise _Damaged(f"{record} is not a list of SHA-256 hashes")  # else nothing would be held against it
     recorded = {file: sha for sha, _, file in (line.partition("  ") for line in lines)}
     for file in source.files:
         spellings = [f"{name}{end}" for end in ("", ".gz") for name in (file, file.replace("-idx", ".idx"))]

@@ -198,6 +198,8 @@ def test_a_flipped_pixel_is_found_by_the_recorded_hash(tmp_path, mirror):
     path.unlink()
     obtain("mnist", tmp_path)  # as the error said
     assert path.read_bytes() == FILES[IDX_NAMES[0]]
+    (tmp_path / RAW / RECORD).write_text("garbage\n")
+    refused(tmp_path, f"{RECORD} is not a list of SHA-256", "delete the file", download=False)
 
 
 def test_what_is_fetched_must_fit_what_lies_there(tmp_path, mirror):
