@@ -14,13 +14,14 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
-    "UnsupportedModel", "chain_steps", "check_model", "computed", "copy_model", "eval_mode", "input_hooks",
-    "new_like", "own_forward", "real_tensor", "replace_layers", "share_of", "weight_layers", "whole_number",
+    "UnsupportedModel", "chain_steps", "check_model", "computed", "copy_model", "eval_mode", "input_hooks", "new_like",
+    "one_memory", "own_forward", "real_tensor", "replace_layers", "share_of", "weight_layers", "whole_number",
 ]  # fmt: skip
 
 
@@ -105,13 +106,31 @@ def input_hooks(layers: Mapping[str, nn.Module], hook: Callable[[str, Tensor], T
         yield
 
 
-def check_model(model: nn.Module, doing: str = "copy") -> None:
-    """Refuse what torch wraps around a model and what a deep copy would share or lose; see :func:`copy_model`."""
+def check_model(model: nn.Module, doing: str = "copy", *, plain: bool = True) -> None:
+    """Refuse what torch wraps around a model and what a deep copy would share or lose; see :func:`copy_model`.
+
+    With ``plain=False`` wrappers, parametrizations and hooks of a forward pass may stay: they work in a copy, too.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if fault := computed(module) or _wrapped(module) or _hooked(module):
+        if fault := (plain and (computed(module) or _wrapped(module) or _hooked(module))) or _lost(module):
             raise UnsupportedModel(f"cannot {doing} {_named(name, module)}: {fault}")
+    if pair := one_memory(model):
+        cure = "tie them as one parameter (b.weight = a.weight; F.linear(x, a.weight.t()) for a transposed one)"
+        raise UnsupportedModel(f"cannot {doing} this {type(model).__name__}: {' and '.join(pair)} share memory; {cure}")
+
+
+def one_memory(model: nn.Module) -> tuple[str, ...]:
+    """The names of two parameters that are different objects in the same memory, or nothing."""
+    spans = []
+    for name, p in model.named_parameters():
+        if not isinstance(p, nn.parameter.UninitializedParameter) and p.numel() and p.layout is torch.strided:
+            last = sum((size - 1) * step for size, step in zip(p.shape, p.stride(), strict=True))
+            if p.device.type != "meta":
+                spans.append((str(p.device), p.data_ptr(), p.data_ptr() + (1 + last) * p.element_size(), name))
+    pairs = pairwise(sorted(spans))
+    return next((tuple(sorted((a[3], b[3]))) for a, b in pairs if a[0] == b[0] and b[1] < a[2]), ())
 
 
 def computed(module: nn.Module) -> str:
@@ -124,7 +143,8 @@ def computed(module: nn.Module) -> str:
         return f"its {name} is no plain parameter but computed by a parametrization; make it permanent first ({cure})"
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
         return "its weight has no shape yet (a lazy layer); run the model once first"
-    return ""
+    packed = hasattr(module, "_packed_params")
+    return "its weights are integers packed by torch.ao; give the model in floats" if packed else ""
 
 
 def _wrapped(module: nn.Module) -> str:
@@ -140,6 +160,10 @@ def _hooked(module: nn.Module) -> str:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, kind, None) for kind in kinds):
         return "its hook would still write into this model's objects from a copy; take it off first (handle.remove())"
+    return ""
+
+
+def _lost(module: nn.Module) -> str:
     for key, p in module.named_parameters(recurse=False):
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
             return f"a copy would lose the hook on its {key}; take it off first (handle.remove())"
@@ -150,11 +174,12 @@ def _hooked(module: nn.Module) -> str:
     return ""
 
 
-def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:
+def copy_model(model: nn.Module, doing: str = "copy", *, plain: bool = True) -> nn.Module:
     """A deep copy in which what was shared is shared, and which shares nothing with ``model``.
 
     UnsupportedModel, "cannot <doing> '0' (Linear): ...": compiled, scripted or parallel wrappers; weights under
-    ``torch.nn.utils.prune`` or another parametrization; lazy layers; hooks; functions over the model's layers.
+    ``torch.nn.utils.prune`` or another parametrization; lazy layers; hooks; functions over the model's layers; two
+    parameters in one memory. ``plain`` as in :func:`check_model`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight = model[0].weight
@@ -162,7 +187,7 @@ def copy_model(model: nn.Module, doing: str = "copy") -> nn.Module:
     >>> twin[1].weight is twin[0].weight, twin[0].weight is model[0].weight
     (True, False)
     """
-    check_model(model, doing)
+    check_model(model, doing, plain=plain)
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:  # a computed tensor, or a lock, kept as an attribute
@@ -214,7 +239,12 @@ def new_like(layer: nn.Module, kind: type, weight: Tensor, **options) -> nn.Modu
     for name, value in (("weight", weight), ("bias", layer.bias)):
         if new._parameters.get(name) is not None:  # a layer that makes its weight may have no such parameter
             new._parameters[name].data.copy_(value.detach())
-            new._parameters[name].requires_grad_(name not in layer._parameters or layer._parameters[name].requires_grad)
+    own = layer._parameters
+    for name, value in new._parameters.items():
+        # What stands in the weight's place, such as centroids, is as free to move as that was.
+        old = own[name] if name in own else next((p for key, p in own.items() if key != "bias"), None)
+        if value is not None and old is not None:
+            value.requires_grad_(old.requires_grad)
     return new
 
 
@@ -269,13 +299,14 @@ def _refuse_left_out(model: nn.Module, layers: dict[str, nn.Module], skip: Colle
         fault, inside = "", wanted.intersection(module.modules())
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fault = "it has a forward of its own, which would be thrown away"
-        elif inside and _reads_weight(type(module).forward, type(module), set()):
+        elif inside and _reads_weight(module.forward, type(module), set()):
             fault = "its forward reads the weights of its layers instead of calling them"
         elif beside := [key for key, part, _ in _kept_beside(module) if part in wanted]:
             fault = f"its plain attribute {beside[0]!r} keeps a layer that would not be converted"
         elif not isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)):
             for key, p in module.named_parameters(name, recurse=False):
-                if p.dim() > 1 and p.numel() > max(p.shape) and key not in skip:
+                known_kind = type(module).__module__.startswith("torch.nn.")
+                if p.dim() > 1 and (known_kind or p.numel() > max(p.shape)) and key not in skip:
                     fault = f"{key!r} would stay as it is, this kind of layer is not known"
                     name = name if name and not module._modules else key
         if fault:
@@ -307,8 +338,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _reads_weight(function: object, owner: type, seen: set) -> bool:
-    """Does a forward (or a method that it calls) use ``layer.weight`` for more than its shape, type or device?"""
-    code = getattr(function, "__code__", None)
+    """Does a forward (or what it calls) use ``layer.weight`` for more than its shape, type or device?"""
+    code = function if isinstance(function, types.CodeType) else getattr(function, "__code__", None)
     if code is None or code in seen:
         return False
     seen.add(code)
@@ -316,12 +347,16 @@ def _reads_weight(function: object, owner: type, seen: set) -> bool:
     uses = ((steps[i - 1], steps[i + 1]) for i, step in enumerate(steps) if step == "weight")
     if any(before != "self" and after not in ("device", "dtype", "shape", "size") for before, after in uses):
         return True
-    return any(_reads_weight(getattr(owner, name, None), owner, seen) for name in code.co_names)
+    near = getattr(function, "__globals__", {})
+    called = [getattr(owner, name, None) for name in code.co_names] + [near.get(name) for name in code.co_names]
+    mine = [f for f in called if not str(getattr(f, "__module__", "")).startswith("torch.")]
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return any(_reads_weight(part, owner, seen) for part in mine + inner)
 
 
 def _kept_beside(module: nn.Module) -> Iterator[tuple[str, object, bool]]:
     """(attribute, module or parameter, does a function hold it) of all that plain attributes keep, however deep."""
-    internal = vars(nn.Module()).keys()
+    internal = vars(nn.Module()).keys() | {"_compiled_call_impl"}  # of module.compile(); a copy does without
     if isinstance(module, (nn.RNNBase, fx.GraphModule)):  # which renew what they keep when they are copied
         return
     todo, seen = [(key, value, False) for key, value in vars(module).items() if key not in internal], set()

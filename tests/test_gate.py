@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 import weakref
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from course_lib import gate
+from course_lib.evidence.measure import count_parameters, sparsity, stored_bytes
 from course_lib.gate import UnsupportedModel, chain_steps, copy_model, eval_mode, new_like, replace_layers
 
 
@@ -288,3 +290,75 @@ class Leaky(nn.ReLU):
 def test_what_is_no_chain(model, text):
     with pytest.raises(UnsupportedModel, match=text):
         chain_steps(model, "write")
+
+
+def by_its_weight(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
+class Borrowing(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.fc, self.out = how, nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if self.how == "a function of the module":
+            return self.out(by_its_weight(self.fc, x))
+        return self.out((lambda layer: F.linear(x, layer.weight))(self.fc))
+
+
+@pytest.mark.parametrize("how", ["a function of the module", "a lambda"])
+def test_a_weight_that_is_read_elsewhere_is_not_left_in_float(how):
+    with pytest.raises(UnsupportedModel, match="reads the weights of its layers"):
+        replace_layers(Borrowing(how), doubled)
+
+
+def test_a_forward_put_onto_an_instance_is_read():
+    def forward(self, x):
+        return F.linear(x, self[0].weight)
+
+    model = mlp()
+    model.forward = types.MethodType(forward, model)
+    with pytest.raises(UnsupportedModel, match="reads the weights of its layers"):
+        replace_layers(model, doubled)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(1, 1, 9), nn.Embedding(100, 1), nn.ConvTranspose1d(1, 1, 9)])
+def test_a_layer_with_one_channel_is_not_left_out(layer):
+    with pytest.raises(UnsupportedModel, match="this kind of layer is not known"):
+        replace_layers(nn.Sequential(layer, nn.Linear(4, 2)), doubled)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_integers_are_named():
+    packed = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
+    for look in (copy_model, lambda m: replace_layers(m, doubled), count_parameters, sparsity, stored_bytes):
+        with pytest.raises(UnsupportedModel, match=r"packed by torch\.ao"):
+            look(packed)
+
+
+def test_two_parameters_in_one_memory_are_named():
+    tied = mlp()
+    tied[1].weight.data = tied[0].weight.data[:2]
+    for look in (copy_model, count_parameters, stored_bytes):
+        with pytest.raises(UnsupportedModel, match=r"0\.weight and 1\.weight"):
+            look(tied)
+    flat = nn.utils.parameters_to_vector(mlp().parameters())
+    apart = mlp()
+    nn.utils.vector_to_parameters(flat, apart.parameters())  # neighbours in one vector share nothing
+    assert copy_model(apart)[0].weight.data_ptr() != apart[0].weight.data_ptr()
+
+
+def test_a_compiled_module_is_copied_plain():
+    model = mlp()
+    model.compile(backend="eager")
+    torch.testing.assert_close(copy_model(model)(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+def test_zeros_behind_a_mask_of_torch_are_not_counted_as_weights():
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", 0.9)
+    for look in (sparsity, lambda m: count_parameters(m, nonzero=True)):
+        with pytest.raises(UnsupportedModel, match=r"prune\.remove"):
+            look(model)
+    assert count_parameters(model) == count_parameters(mlp())

@@ -98,19 +98,20 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     float64: no starting point, no learning rate, the same answer every time (Guo et al. 2017, section 4.2).
 
     ``logits`` are a *validation* set's, floating point [N, K], N ≥ 1, finite; ``labels`` int64 [N]. Above T = 1 the
-    model was overconfident. The search spans a factor of 10,000 either side of the logits' own spread; where the
-    likelihood has no maximum an edge comes back: the lower one if every label has the largest logit, the upper one if
-    the logits are worse than a guess. Logits that are all equal give 1.
+    model was overconfident. The search spans a factor of 10,000 either side of the usual gap between the largest
+    logit and the next; where the likelihood has no maximum an edge comes back: the lower one if every label has the
+    largest logit, the upper one if the logits are worse than a guess. Logits that are all equal give 1.
 
     >>> z = torch.tensor([[4.0, 0.0]]).expand(4, 2)
     >>> round(fit_temperature(z, torch.tensor([0, 0, 0, 1])), 4)  # 3 of 4 right: softmax(z / T) must say 0.75
     3.641
     """
     z = _rows("logits", logits, labels)
-    z = z - z.mean(dim=1, keepdim=True)
-    spread = z.pow(2).mean().sqrt()
-    if spread == 0:
+    z = z - z.max(dim=1, keepdim=True).values
+    gaps = z.where(z < 0, -torch.inf).max(dim=1).values  # a masked class does not widen them
+    if not (gaps := gaps[gaps.isfinite()]).numel():
         return 1.0
+    spread = -gaps.median()
     z = z / spread
     right = z.gather(1, labels[:, None]).squeeze(1)
 
@@ -152,7 +153,7 @@ def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
         return low
     if rising(high) <= 0:
         return high
-    for _ in range(100):
+    while high - low > 1e-13 * max(1.0, abs(low)):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < 0 else (low, middle)
     return (low + high) / 2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_lib.evidence.statistics import Interval, mean_interval
-from course_lib.gate import UnsupportedModel, eval_mode, whole_number
+from course_lib.gate import UnsupportedModel, computed, eval_mode, one_memory, whole_number
 
 __all__ = ["Latency", "LatencyTable", "compare_latency", "count_macs", "count_parameters", "export_onnx"]
 __all__ += ["onnx_session", "sparsity", "stored_bytes"]
@@ -27,7 +27,18 @@ def count_parameters(model: nn.Module, *, nonzero: bool = False) -> int:
     >>> count_parameters(nn.Linear(100, 10))
     1010
     """
+    _refuse_unreadable(model, nonzero)
     return sum(int(p.count_nonzero()) if nonzero else p.numel() for p in model.parameters())
+
+
+def _refuse_unreadable(model: nn.Module, values: bool = False) -> None:
+    """Refuse weights that are no parameters, or parameters that are not what is computed with, if values count."""
+    for name, module in model.named_modules():
+        if (fault := computed(module)) and (values or hasattr(module, "_packed_params")):
+            raise UnsupportedModel(f"{name or 'the model'} ({type(module).__name__}) cannot be measured: {fault}")
+    if pair := one_memory(model):
+        cure = "make them one parameter (b.weight = a.weight)"
+        raise UnsupportedModel(f"{' and '.join(pair)} are two parameters in one memory; {cure}")
 
 
 def sparsity(model: nn.Module) -> float:
@@ -38,6 +49,7 @@ def sparsity(model: nn.Module) -> float:
     >>> sparsity(layer)
     0.75
     """
+    _refuse_unreadable(model, values=True)
     weights = [p for p in model.parameters() if p.dim() >= 2 and p.numel()]
     if not weights:
         raise ValueError(f"{type(model).__name__} has no weight of two or more dimensions: its sparsity is not defined")
@@ -68,7 +80,13 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...] | Tensor) -> int:
             raise ValueError("input_shape must be positive integers without the batch dimension, got ()")
         example = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
     # One multiply-accumulate a weight, as for a linear layer on the products of the two inputs.
-    extra = {torch.ops.aten._trilinear: lambda one, weight, two, *rest, **more: 2 * one[0] * np.prod(weight)}
+    aten = torch.ops.aten
+    extra = {
+        aten._trilinear: lambda one, weight, two, *rest, **more: 2 * one[0] * np.prod(weight),
+        aten.mv: lambda matrix, vector, **more: 2 * np.prod(matrix),
+        aten.addmv: lambda start, matrix, vector, **more: 2 * np.prod(matrix),
+        aten.dot: lambda one, two, **more: 2 * np.prod(one),
+    }
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     counter = FlopCounterMode(display=False, custom_mapping=extra)
@@ -121,6 +139,7 @@ def stored_bytes(model: nn.Module) -> int:
     """
     from safetensors.torch import load_file, save_model
 
+    _refuse_unreadable(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_model(model, str(path))

@@ -86,7 +86,7 @@ def dots(ax, row: float, values: Sequence[float], color: str) -> None:
     for value in values:
         heights.append(heights[-1] + 0.09 if value - last < near else 0.0)
         last = value
-    spread = np.minimum(heights, 0.45)
+    spread = np.array(heights) * min(1.0, 0.45 / (max(heights) or 1.0))  # every dot is to be seen
     ax.plot(values, row - 0.05 - spread, "o", color=color, alpha=0.5, markersize=5, markeredgewidth=0)
     interval = mean_interval(values)
     ax.plot([interval.low, interval.high], [row + 0.15] * 2, color=color, linewidth=3, solid_capstyle="butt")
@@ -191,6 +191,8 @@ def draw_pareto(
     of the means: whether a step of it is more than luck, a paired difference says. Scores below ``floor`` are drawn
     there, with an arrow and their value: one bad model does not squeeze the good ones.
     """
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     faint, hues = 0.4, [color for name, color in COLORS.items() if name != "yellow"]
     costs = table[cost].to_numpy(dtype=float)
     if not (np.isfinite(costs) & (costs > 0)).all():
@@ -199,7 +201,9 @@ def draw_pareto(
     means = np.array([span.mean for span in spans])
     front, shown = pareto_front(costs, means), np.maximum(means, floor)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
-    ax.xaxis.set_minor_formatter("")  # its numbers run into each other within a decade
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
+    ax.xaxis.set_minor_formatter("")
     order = [i for i in np.lexsort((means, costs)) if front[i]]
     corners = [*costs[order], costs.max() * 1.3], [*shown[order], shown[order[-1]]]
     ax.step(*corners, where="post", color="0.35", linewidth=1.2, zorder=1.5, label="front of the means")
@@ -214,9 +218,11 @@ def draw_pareto(
             ax.plot(costs[i], shown[i], marker=marker, color=color, markersize=7, alpha=alpha, zorder=3)
             if spans[i].high > floor:
                 ax.plot([costs[i]] * 2, [max(spans[i].low, floor), spans[i].high], color=color, alpha=alpha)
-            text = [str(table["label"].iloc[i])] if front[i] else []
+            text = [f"{family} {table['label'].iloc[i]}".strip()] if front[i] else []
             text += [f"↓ {means[i]:.0f}"] if means[i] < floor else []
-            ax.annotate(" ".join(text), (costs[i], shown[i]), (5, -9), textcoords="offset points", fontsize=8)
+            above = front[i] and order.index(i) % 2  # by turns, as neighbours on the front lie close
+            offset, align = ((5, 5), "bottom") if above else ((5, -4), "top")
+            ax.annotate(" ".join(text), (costs[i], shown[i]), offset, textcoords="offset points", va=align, fontsize=8)
 
 
 @dataclass(frozen=True)

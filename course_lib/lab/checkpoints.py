@@ -107,7 +107,8 @@ def train_or_load(
                 warnings.warn(f"checkpoint refused, training anew: {error}", stacklevel=2)
         given = train(models)
         # Only a return value of models counts: fit, for one, returns its history.
-        if isinstance(given, nn.Module) or (isinstance(given, list) and given and isinstance(given[0], nn.Module)):
+        several = isinstance(given, (list, tuple)) and given and isinstance(given[0], nn.Module)
+        if several or isinstance(given, nn.Module):
             models = given
         try:
             problem or save_checkpoint(path, models)

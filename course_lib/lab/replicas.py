@@ -5,14 +5,14 @@ dimension and mapping the step over it (``torch.func.stack_module_state`` and ``
 into one large one. The replicas never see each other: the result is what R separate trainings would have given.
 """
 
-import copy
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from course_lib.gate import copy_model, eval_mode
+from course_lib.gate import UnsupportedModel, check_model, copy_model, eval_mode
 from course_lib.lab.data import DataSplits, Split, Splits
 from course_lib.lab.models import build_model
 
@@ -133,7 +133,7 @@ def fit_replicas(
     loss_fn, wants_index = read_loss(loss_fn)
     modes = [m.training for m in models[0].modules()]
     # A deep copy, not a move to "meta": only so does it know which names share a tensor.
-    skeleton = copy.deepcopy(models[0]).train()
+    skeleton = copy_model(models[0], "train replicas of", plain=False).train()
     # stack_module_state hands out leaf tensors of its own: the models themselves stay as they are until the end.
     parameters, buffers = stack_module_state(models)
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -147,7 +147,8 @@ def fit_replicas(
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     with eval_mode(models[0]), torch.no_grad():
-        check_logits(models[0](pool_images[:1]), pool_labels)
+        check_logits(forward(models[0], pool_images[:1]), pool_labels)
+    refuse_new_buffers(skeleton, pool_images[:2])
     large = len(seeds) == 1 or convolution_macs(models[0], pool_images[:1]) > LARGEST_BATCHED_CONV
     step_terms = one_after_another if large else vmap(replica_terms, randomness="different")
     optimizer, best = make_optimizer(trainable, config), [BestEpoch() for _ in models]
@@ -228,7 +229,7 @@ def can_batch(step_terms: Callable, parameters: dict, buffers: dict, inputs: tup
         with torch.no_grad():
             step_terms(parameters, buffers, *inputs)
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        if "vmap" not in str(error) and "atching rule" not in str(error):  # a recurrent layer has none
             raise
         return False
     finally:
@@ -238,9 +239,20 @@ def can_batch(step_terms: Callable, parameters: dict, buffers: dict, inputs: tup
     return True
 
 
+def refuse_new_buffers(model: nn.Module, images: Tensor) -> None:
+    """Refuse a forward pass that puts a new tensor in a buffer's place, which a functional call would lose."""
+    probe = copy_model(model, "train replicas of", plain=False)
+    before = dict(probe.named_buffers())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):  # told in training itself
+        probe(images)
+    if new := [name for name, buffer in probe.named_buffers() if before.get(name) is not buffer]:
+        cure = "write into it instead (self.mean.mul_(0.9).add_(...))"
+        raise UnsupportedModel(f"the forward pass puts a new tensor in the place of the buffer {new[0]!r}: {cure}")
+
+
 def check_same(models: list[nn.Module]) -> None:
     """Refuse models that cannot be stacked, by name."""
-    first = {name: tuple(t.shape) for name, t in models[0].state_dict().items()}
+    first, owner = {name: tuple(t.shape) for name, t in models[0].state_dict().items()}, {}
     for r, model in enumerate(models):
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         if type(model) is not type(models[0]) or shapes != first:
@@ -249,6 +261,13 @@ def check_same(models: list[nn.Module]) -> None:
             raise ValueError(f"replica {r} {kinds}; differing: {differ}; one batched pass needs one architecture")
         if any(model is other for other in models[:r]):
             raise ValueError("make_model returned the same object twice: return a new model, or a copy, for each seed")
+        lines = zip(repr(model).splitlines(), repr(models[0]).splitlines(), strict=False)
+        if other := next((f"{a.strip()} where replica 0 has {b.strip()}" for a, b in lines if a != b), ""):
+            raise ValueError(f"replica {r} is another network: {other}; one batched pass needs one architecture")
+        check_model(model, "train replicas of", plain=False)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and owner.setdefault(parameter, r) != r:
+                raise ValueError(f"replicas {owner[parameter]} and {r} share {name}: make_model must make a new one")
 
 
 def check_settings(settings: Mapping[str, Tensor] | None, replicas: int) -> dict[str, Tensor]:

@@ -101,9 +101,9 @@ class Evaluation:
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = 1024) -> Evaluation:
     """Run ``model`` in eval mode over ``split`` without gradients; ValueError if logits and labels do not fit."""
     check_split(split)
-    with eval_mode(model), torch.inference_mode():
-        logits = torch.cat([model(images) for images in split.images.to(device_of(model)).split(batch_size)]).cpu()
-    logits = logits.clone()
+    parts = split.images.to(device_of(model)).split(whole_number(batch_size, "batch_size"))
+    with eval_mode(model), torch.no_grad():  # a tensor made in inference mode could not be trained with afterwards
+        logits = torch.cat([forward(model, images) for images in parts]).cpu()
     check_logits(logits, split.labels)
     right = (logits.argmax(dim=1) == split.labels).double().mean().item()
     return Evaluation(right, F.cross_entropy(logits.float(), split.labels).item(), logits, split.labels)
@@ -151,6 +151,7 @@ def fit(
     labels that do not fit the logits, a loss that is no scalar or lacks ``"loss"``. DivergedError: the loss is no
     longer finite; the weights are left as they were at that step.
     """
+    seed = int(seed)
     config = config or TrainConfig()
     check_split(split)
     check_trainable(model)
@@ -262,14 +263,23 @@ def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> Iter
 
 
 def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """``model(images)`` in training, with a clear word where BatchNorm meets a batch of one."""
+    """``model(images)``, with a clear word for what goes wrong there most often."""
     try:
-        return model(images)
+        logits = model(images)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         cure = "use a batch_size of at least 2, and 2 images or more"
         raise ValueError(f"BatchNorm cannot normalise a batch of {len(images)}: {cure}") from error
+    except RuntimeError as error:
+        kinds = {p.dtype for p in model.parameters()} if isinstance(model, nn.Module) else set()
+        if images.dtype in kinds or not kinds or "type" not in str(error):
+            raise
+        names = ", ".join(sorted(map(str, kinds)))
+        raise ValueError(f"the model is {names} and the images are {images.dtype}: model.float() fits both") from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return logits [N, K], got a {type(logits).__name__}")
+    return logits
 
 
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
@@ -284,7 +294,8 @@ def read_loss(loss_fn: LossFn | None) -> tuple[LossFn, bool]:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable as loss_fn(logits, labels), got {type(loss_fn).__name__}")
     try:
-        return loss_fn, "index" in inspect.signature(loss_fn).parameters
+        function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+        return loss_fn, "index" in inspect.signature(function).parameters
     except ValueError:  # some built-in callables have no signature to read
         return loss_fn, False
 
@@ -325,6 +336,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
     """Refuse logits that do not fit the labels."""
     if logits.dim() != 2:
         raise ValueError(f"the model must return logits [N, K], got shape {tuple(logits.shape)}")
+    if broken := int(logits.isnan().any(dim=1).sum()):
+        raise ValueError(f"{broken} of {len(logits)} rows of logits hold NaN: the model answers nothing for them")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         cure = f"build it with num_classes={int(labels.max()) + 1}"
         found = f"labels run from {labels.min()} to {labels.max()}, but the model has {logits.shape[1]} logits"

@@ -54,7 +54,8 @@ def tap_features(
     def write(module: nn.Module, args: tuple, output: Tensor) -> None:
         if not isinstance(output, Tensor):
             raise TypeError(f"layer {layer_name!r} gives a {type(output).__name__}, not one tensor: tap another layer")
-        into[layer_name] = output if adapter is None else module.adapter(output)
+        # A copy: an activation that works in place would change it on the way.
+        into[layer_name] = output.clone() if adapter is None else module.adapter(output.clone())
 
     return layer.register_forward_hook(write)
 

@@ -71,6 +71,7 @@ def input_hessian(model: nn.Module, layer: nn.Linear, inputs: Tensor, *, batch_s
     def record(name: str, x: Tensor) -> None:
         nonlocal total, count
         x = x.flatten(0, -2)
+        x = x if x.dtype is torch.float64 else x.float()  # a sum of squares leaves half precision
         total, count = total + x.T @ x, count + len(x)
 
     with input_hooks({"": layer}, record):

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import UnsupportedModel, check_model, own_forward, real_tensor, replace_layers, whole_number
+from course_lib.gate import (
+    UnsupportedModel,
+    check_model,
+    own_forward,
+    real_tensor,
+    replace_layers,
+    weight_layers,
+    whole_number,
+)
 
 __all__ = ["factorize", "rank_for_bytes"]
 
@@ -22,7 +30,7 @@ def factorize(layer: nn.Module, rank: int | Mapping[str, int]) -> nn.Sequential 
     >>> [tuple(thin.weight.shape) for thin in factorize(nn.Linear(100, 50), 8)]
     [(8, 100), (50, 8)]
     """
-    if type(layer) not in (nn.Linear, nn.Conv2d):
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return _factorize_model(layer, rank)
     matrix = _matrix(layer, rank)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -45,8 +53,9 @@ def rank_for_bytes(layer: nn.Linear | nn.Conv2d, budget: int) -> int:
 
 def _matrix(layer: nn.Linear | nn.Conv2d, rank: int) -> Tensor:
     check_model(layer, "factorize")
-    if getattr(layer, "groups", 1) > 1 or own_forward(layer):
-        raise UnsupportedModel(f"cannot factorize {layer}: a layer without groups and a forward of its own is needed")
+    if getattr(layer, "groups", 1) > 1 or own_forward(layer) or hasattr(layer, "made_weight"):
+        need = "a layer without groups, without a forward of its own, whose weight is a parameter"
+        raise UnsupportedModel(f"cannot factorize {layer}: {need}, is needed")
     matrix = real_tensor(layer.weight, "weight").flatten(1)
     whole_number(rank, f"rank of a weight {tuple(matrix.shape)}", 1, min(matrix.shape))
     return matrix
@@ -67,15 +76,17 @@ def _thin_layers(layer: nn.Linear | nn.Conv2d, first: Tensor, second: Tensor) ->
 
 
 def _factorize_model(model: nn.Module, rank: int | Mapping[str, int]) -> nn.Module:
-    left = dict(rank) if isinstance(rank, Mapping) else None
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(weight_layers(model), rank)
+    if unknown := sorted(ranks.keys() - weight_layers(model).keys()):
+        raise ValueError(f"rank names no linear or convolution layer of the model: {unknown}")
 
     def convert(name: str, layer: nn.Module) -> nn.Module:
-        if left is not None:
-            return factorize(layer, left.pop(name)) if name in left else layer
         rows, columns = layer.weight.flatten(1).shape
-        return factorize(layer, rank) if rank * (rows + columns) < rows * columns else layer
+        pays = ranks is rank or rank * (rows + columns) < rows * columns
+        return factorize(layer, ranks[name]) if pays else layer
 
-    new = replace_layers(model, convert, doing="factorize")
-    if left:
-        raise ValueError(f"rank names no linear or convolution layer of the model: {sorted(left)}")
-    return new
+    others: list[str] = []
+    if ranks is rank:  # what it does not name stays as it is
+        others = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        others += [n for n, _ in model.named_modules() if n and not any(f"{r}.".startswith(f"{n}.") for r in ranks)]
+    return replace_layers(model, convert, skip=others, doing="factorize")

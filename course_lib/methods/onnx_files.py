@@ -51,18 +51,18 @@ class Graph:
 
     def through_grid(self, name: str, q: QuantParams) -> None:
         """QuantizeLinear and DequantizeLinear: from here on the values lie on the grid ``q``."""
-        grid = (self.constant(f"{name}_scale", q.scale), self.constant(f"{name}_zero", q.zero_point.to(q.dtype)))
-        self.add("QuantizeLinear", f"{name}_quantize", *grid)
-        self.add("DequantizeLinear", f"{name}_dequantize", *grid)
+        grid = (self.constant(f"{name}/scale", q.scale), self.constant(f"{name}/zero", q.zero_point.to(q.dtype)))
+        self.add("QuantizeLinear", f"{name}/quantize", *grid)
+        self.add("DequantizeLinear", f"{name}/dequantize", *grid)
 
     def integers(self, name: str, values: Tensor, scale: Tensor) -> str:
         """An integer constant with a DequantizeLinear after it: the engine keeps the integers."""
         from onnx import helper
 
         parts = {"quantized": values, "scale": scale.float(), "zero": torch.zeros(scale.shape, dtype=values.dtype)}
-        names = [self.constant(f"{name}_{part}", value) for part, value in parts.items()]
+        names = [self.constant(f"{name}/{part}", value) for part, value in parts.items()]
         axis = {"axis": 0} if scale.dim() else {}
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [name], name=f"{name}_dequantize", **axis))
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [name], name=f"{name}/dequantize", **axis))
         return name
 
     def layer(self, name: str, weight: str, bias: str | None, module: nn.Linear | nn.Conv2d | IntegerLayer) -> None:
@@ -146,8 +146,8 @@ def write_chain(model: nn.Sequential, path: Path, input_shape: tuple[int, ...], 
             with naming(name):
                 add_int4_layer(graph, name, module, four_bits)
         else:
-            bias = None if module.bias is None else graph.constant(f"{name}_bias", module.bias)
-            graph.layer(name, graph.constant(f"{name}_weight", module.weight), bias, module)
+            bias = None if module.bias is None else graph.constant(f"{name}/bias", module.bias)
+            graph.layer(name, graph.constant(f"{name}/weight", module.weight), bias, module)
     return graph.save(path, input_shape, nn.Sequential(*(module for _, module in steps)))
 
 
@@ -157,11 +157,11 @@ def add_int4_layer(graph: Graph, name: str, layer: nn.Linear, attributes: dict) 
     q = choose_qparams(layer.weight, 4, group=group)
     marks = (quantize(layer.weight, q) + 8).to(torch.uint8).unflatten(-1, (-1, group))
     packed = marks[..., ::2] | marks[..., 1::2] << 4  # [O, groups, group / 2]
-    constants = (graph.constant(f"{name}_packed", packed), graph.constant(f"{name}_scale", q.scale))
+    constants = (graph.constant(f"{name}/packed", packed), graph.constant(f"{name}/scale", q.scale))
     sizes = {"K": layer.in_features, "N": layer.out_features}
     graph.add("MatMulNBits", name, *constants, domain="com.microsoft", **sizes, **attributes)
     if layer.bias is not None:
-        graph.add("Add", f"{name}_add", graph.constant(f"{name}_bias", layer.bias))
+        graph.add("Add", f"{name}/add", graph.constant(f"{name}/bias", layer.bias))
 
 
 def write_int8_onnx(network: IntegerNetwork, path: Path, input_shape: tuple[int, ...]) -> "onnx.ModelProto":
@@ -170,15 +170,15 @@ def write_int8_onnx(network: IntegerNetwork, path: Path, input_shape: tuple[int,
     graph.through_grid("images_grid", grid)
     for name, step in network.steps:
         if isinstance(step, IntegerLayer):
-            weight = graph.integers(f"{name}_weight", step.weight, step.w_q.scale)
+            weight = graph.integers(f"{name}/weight", step.weight, step.w_q.scale)
             # A bias has one step an output channel if the weights have; with one scale in all it is a scalar.
-            bias = graph.integers(f"{name}_bias", step.bias, step.x_q.scale.double() * step.w_q.scale.double())
+            bias = graph.integers(f"{name}/bias", step.bias, step.x_q.scale.double() * step.w_q.scale.double())
             graph.layer(name, weight, bias, step)
             if step.relu:
-                graph.add("Relu", f"{name}_relu")
+                graph.add("Relu", f"{name}/relu")
             grid = step.y_q
         else:
             # The grid stays as it is; without saying so, the engine would leave the next layer in float32.
             add_step(graph, name, STEPS[step.func], step.keywords)
-        graph.through_grid(f"{name}_out", grid)
+        graph.through_grid(f"{name}/out", grid)
     return graph.save(path, input_shape, network)

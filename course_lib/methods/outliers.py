@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import input_hooks, real_tensor, share_of
+from course_lib.gate import eval_mode, input_hooks, real_tensor, share_of
 from course_lib.methods.quantization import choose_qparams, fake_quantize, integer_range
 
 __all__ = ["Inputs", "awq_scales", "linear_layers", "round_scaled", "rounded_inputs", "smooth_scales", "watch_inputs"]
@@ -47,15 +47,15 @@ def watch_inputs(model: nn.Module, batch: Tensor) -> dict[str, Inputs]:
     >>> found.peak.tolist(), found.mean.tolist(), found.norm.tolist()
     ([4.0, 1.0], [3.5, 0.5], [5.0, 1.0])
     """
-    found = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def look(name: str, x: Tensor) -> None:
-        size = x.flatten(0, -2).abs()
-        found[name] = Inputs(size.amax(0), size.mean(0), size.norm(dim=0))
+        seen.setdefault(name, []).append(x.flatten(0, -2).abs().float())
 
-    with input_hooks(linear_layers(model), look):
+    with eval_mode(model), input_hooks(linear_layers(model), look):
         model(batch)
-    return found
+    sizes = {name: torch.cat(calls) for name, calls in seen.items()}
+    return {name: Inputs(size.amax(0), size.mean(0), size.norm(dim=0)) for name, size in sizes.items()}
 
 
 def smooth_scales(peak: Tensor, weight: Tensor, alpha: float = 0.5) -> Tensor:

@@ -164,7 +164,12 @@ def prune_(model: nn.Module, sparsity: float, *, scope: str = "global", score: S
     count, and go first. ``score(name, weight)`` or ``{name: tensor}`` has the weight's shape; default
     :func:`magnitude_score`. ValueError, and the model is as it was: what does not fit, NaN or infinite weights.
     """
-    masks = make_masks(prunable_weights(model), sparsity, scope=scope, score=score)
+    weights = prunable_weights(model)
+    for name, module in model.named_modules() if scope == "row" else ():
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            told = f"a row of {name}.weight ({type(module).__name__}) belongs to an input, not to an output"
+            raise ValueError(f"{told}: scope='row' does not fit, take 'layer'")
+    masks = make_masks(weights, sparsity, scope=scope, score=score)
     apply_masks_(model, masks)
     return masks
 
@@ -268,6 +273,8 @@ class GradualPruning:
     def __init__(self, model: nn.Module, final: float, steps: int, *, every: int = 1, **options):
         weights = prunable_weights(model)
         make_masks(weights, final, **options)  # whatever does not fit is said before the training starts
+        if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+            raise ValueError(f"{', '.join(frozen)}: a frozen weight has no step to be pruned after; unfreeze it first")
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.final, self.steps, self.every = final, whole_number(steps, "steps"), whole_number(every, "every")
         self.options, self.masks = options, {}

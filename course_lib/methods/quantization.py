@@ -48,6 +48,8 @@ class QuantParams:
         zero_point = zero_point.expand(scale.shape).contiguous() if zero_point.dim() == 0 else zero_point
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
+        object.__setattr__(self, "qmin", int(self.qmin))
+        object.__setattr__(self, "qmax", int(self.qmax))
         if not self.qmin < self.qmax:
             raise ValueError(f"qmin must be below qmax, got qmin={self.qmin}, qmax={self.qmax}")
         if self.axis is not None and (self.axis < 0 or self.group is not None):

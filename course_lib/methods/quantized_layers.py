@@ -251,7 +251,18 @@ def fold_batchnorm(model: nn.Sequential) -> nn.Sequential:
             raise UnsupportedModel(f"{name!r} ({module}) does not follow {need}, or keeps no statistics")
         # Copies in float64: nothing is lost on the way, and elsewhere in the chain the same layer may come alone.
         fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
-        exact = fuse(copy.deepcopy(layer).double().eval(), copy.deepcopy(module).double().eval())
-        exact.bias.requires_grad_()
+        norm = copy.deepcopy(module).double().eval()
+        if not norm.affine:
+            norm.weight = nn.Parameter(torch.ones_like(norm.running_var))
+            norm.bias = nn.Parameter(torch.zeros_like(norm.running_var))
+        exact = fuse(copy.deepcopy(layer).double().eval(), norm)
+        free = [p.requires_grad for p in (layer.bias, module.bias, layer.weight) if p is not None]
+        exact.bias.requires_grad_(free[0])
         folded[-1] = (before, exact.to(layer.weight.dtype))
-    return nn.Sequential(OrderedDict((name.replace(".", "_"), module) for name, module in folded)).eval()
+    flat: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in folded:
+        name = name.replace(".", "_")
+        while name in flat:  # "a.0" beside "a_0"
+            name += "_"
+        flat[name] = module
+    return nn.Sequential(flat).eval()

@@ -54,7 +54,7 @@ def entropy(probabilities: Tensor, *, dim: int = -1) -> Tensor:
             f"{p.max().item():g} and sums from {p.sum(dim).min().item():g} to {p.sum(dim).max().item():g}: are these "
             "logits?"
         )
-    return torch.special.entr(p).sum(dim)
+    return torch.special.entr(p.where(p > 0, 1.0)).sum(dim)  # at 0 the value would be right, and its gradient NaN
 
 
 def check_number(

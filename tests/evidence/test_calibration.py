@@ -79,9 +79,21 @@ def test_temperature_scales_with_the_logits():
 
 def test_temperature_at_the_edges_is_finite():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
-    assert fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(1e-4)  # all right: ever sharper
-    assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(1e4)  # all wrong: ever flatter
+    assert fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(2e-4)  # all right: ever sharper
+    assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(2e4)  # all wrong: ever flatter
     assert fit_temperature(torch.ones(2, 3), torch.tensor([1, 0])) == 1.0
+
+
+@pytest.mark.parametrize("mask", [-65504.0, -1e9, -1e30, torch.finfo(torch.float32).min])
+def test_a_masked_class_changes_neither_temperature_nor_bias(mask):
+    logits, labels = make(n=300)
+    masked = torch.cat([logits, torch.full((300, 1), mask)], dim=1)
+    assert fit_temperature(masked, labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
+    some, less = logits.clone(), labels.clone()
+    less[:10], some[:10, 0] = 1, -1e4
+    bias = fit_class_bias(some, less, 0)
+    some[:10, 0] = mask
+    assert fit_class_bias(some, less, 0) == pytest.approx(bias, rel=1e-6)
 
 
 def test_bias_equals_scipys_minimiser_and_meets_the_share():

@@ -195,3 +195,15 @@ def test_parts_without_stable_content_are_refused():
         checkpoint_key(loss=len.__class__ and (lambda: 0))
     with pytest.raises(ValueError, match="name must be"):
         train_or_load("../x", mlp, lambda m: None, key={})
+
+
+def test_a_tuple_of_trained_models_is_kept(tmp_path):
+    def trained(models):
+        return tuple(nn.Linear(2, 2).requires_grad_(True) for _ in models)
+
+    def start():
+        return [nn.Linear(2, 2), nn.Linear(2, 2)]
+
+    first = train_or_load("pair", start, trained, key={}, folder=tmp_path)
+    again = train_or_load("pair", start, lambda models: pytest.fail("trained twice"), key={}, folder=tmp_path)
+    assert torch.equal(first[1].weight, again[1].weight)

@@ -192,3 +192,90 @@ def test_train_many_names_what_does_not_fit(few, call, error, text):
 def test_nan_stops_with_the_step(few):
     with pytest.raises(DivergedError, match=r"at step 0 \(epoch 0\)"):
         fit_replicas(make("mlp8"), [0, 1], few, CONFIG, loss_fn=lambda z, y: z.sum() * float("nan"))
+
+
+def changed(change):
+    def make_changed(seed):
+        model = make("mlp8")(seed)
+        change(model, seed)
+        return model
+
+    return make_changed
+
+
+def another_activation(model, seed):
+    model.relu1 = nn.Tanh() if seed else nn.ReLU()
+
+
+def a_shared_layer(model, seed):
+    model.logits = SHARED
+
+
+def a_hook_on_a_weight(model, seed):
+    model.fc1.weight.register_hook(lambda gradient: 0 * gradient)
+
+
+def a_forward_that_is_a_closure(model, seed):
+    model.forward = lambda x: model.logits(model.relu1(model.fc1(x.flatten(1))))
+
+
+def one_memory(model, seed):
+    model.logits = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 10))
+    model.logits[1].weight.data = model.logits[0].weight.data.t()
+
+
+class Drifting(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place, self.layer = in_place, nn.Linear(64, 10)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, images):
+        mean = 0.9 * self.mean + 0.1 * images.mean()
+        if self.training and self.in_place:
+            self.mean.copy_(mean.detach())
+        elif self.training:
+            self.mean = mean
+        return self.layer(images.flatten(1))
+
+
+SHARED = nn.Linear(8, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (another_activation, "Tanh.* where replica 0 has .*ReLU"),
+        (a_shared_layer, "replicas 0 and 1 share logits.weight"),
+        (a_hook_on_a_weight, "a copy would lose the hook on its weight"),
+        (a_forward_that_is_a_closure, "'forward' is a function that holds"),
+        (one_memory, "logits.0.weight and logits.1.weight share memory"),
+    ],
+)
+def test_what_a_stacked_copy_would_get_wrong_is_refused(few, change, told):
+    with pytest.raises(ValueError, match=told):
+        fit_replicas(changed(change), [0, 1], few, CONFIG)
+
+
+def test_a_buffer_is_written_or_refused(few):
+    with pytest.raises(ValueError, match="a new tensor in the place of the buffer 'mean'"):
+        fit_replicas(lambda seed: Drifting(False), [0, 1], few, CONFIG)
+    alone, together = Drifting(True), fit_replicas(lambda seed: Drifting(True), [0, 1], few, CONFIG)[0]
+    fit(alone, few, CONFIG, seed=0)
+    torch.testing.assert_close(together.mean, alone.mean)
+
+
+class Rows(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.rows, self.last = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 10)
+
+    def forward(self, images):
+        return self.last(self.rows(images[:, 0])[0][:, -1])
+
+
+def test_a_recurrent_network_is_trained_one_after_another(few):
+    alone, together = Rows(1), fit_replicas(Rows, [0, 1], few, CONFIG)[1]
+    fit(alone, few, CONFIG, seed=1)
+    torch.testing.assert_close(together.rows.weight_hh_l0, alone.rows.weight_hh_l0, rtol=1e-3, atol=1e-4)

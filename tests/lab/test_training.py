@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,3 +194,52 @@ def test_bad_input_is_named(few, model, loss_fn, error, says):
         fit(model, few, loss_fn=loss_fn)
     with pytest.raises(ValueError, match="empty"):
         fit(mlp(), Split(few.images[:0], few.labels[:0]))
+
+
+def test_a_look_leaves_a_model_that_can_be_trained(few):
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    accuracy(lazy, few)
+    before = weights(lazy)
+    fit(lazy, few, TrainConfig(epochs=1))
+    assert (weights(lazy) != before).any()
+
+
+class Index(nn.Module):
+    def forward(self, logits, labels, index):
+        self.seen = index
+        return F.cross_entropy(logits, labels)
+
+
+def test_a_loss_that_is_a_module_gets_the_positions(few):
+    loss = Index()
+    fit(mlp(), few, TrainConfig(epochs=1, batch_size=len(few)), loss_fn=loss, seed=np.int64(0))
+    assert sorted(loss.seen.tolist()) == list(range(len(few)))
+
+
+def with_nan():
+    model = mlp()
+    model.logits.bias.data[3] = math.nan
+    return model
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.LSTM(8, 6, batch_first=True)
+
+    def forward(self, images):
+        return self.rows(images[:, 0])
+
+
+@pytest.mark.parametrize("look", [evaluate, accuracy, fit])
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (with_nan, "rows of logits hold NaN|the loss is nan"),
+        (Two, r"must return logits \[N, K\], got a tuple"),
+        (lambda: mlp().double(), "the model is torch.float64 and the images are torch.float32"),
+    ],
+)
+def test_answers_that_are_none_are_named(few, look, make, told):
+    with pytest.raises((ValueError, DivergedError), match=told):
+        look(make(), few)

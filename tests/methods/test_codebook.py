@@ -146,3 +146,10 @@ def test_bits_by_layer_and_refusals():
     net[3].weight.data[0, 0] = math.inf
     with pytest.raises(ValueError, match="layer '3': weight has 1 NaN or infinite"):
         share_weights(net)
+
+
+def test_what_was_frozen_stays_frozen():
+    net = nn.Sequential(nn.Linear(20, 10).requires_grad_(False), nn.Linear(10, 2))
+    for model in (shared := share_weights(net, 2), plain(shared), plain(fake_quantized(net))):
+        assert {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("0")} == set()
+        assert any(p.requires_grad for p in model.parameters())

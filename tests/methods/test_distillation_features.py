@@ -162,3 +162,10 @@ def test_feature_losses_run_under_vmap(loss):
     torch.testing.assert_close(
         vmap(lambda s: loss(s, teacher))(students), torch.stack([loss(s, teacher) for s in students])
     )
+
+
+def test_what_is_written_is_the_layers_own_output():
+    net, x, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.randn(3, 4), {}
+    with tap_features(net, "0", seen):
+        net(x)
+    torch.testing.assert_close(seen["0"], net[0](x))

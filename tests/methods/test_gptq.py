@@ -118,3 +118,9 @@ def test_what_does_not_fit_is_named():
         gptq_layers(model, torch.randn(4, 6), lambda w: choose_qparams(w, 4, group=4))
     with pytest.raises(ValueError, match="never called"):
         input_hessian(model, nn.Linear(6, 5), torch.randn(4, 6))
+
+
+def test_the_hessian_of_a_model_in_half_precision_is_finite():
+    layer, x = nn.Linear(8, 2).half(), (40 * torch.randn(640, 8)).half()
+    hessian = input_hessian(layer, layer, x)
+    torch.testing.assert_close(hessian, x.double().T @ x.double() / 640, rtol=1e-4, atol=1e-2)

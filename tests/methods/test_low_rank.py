@@ -8,6 +8,7 @@ from torch.nn.utils import prune as torch_prune
 
 from course_lib.gate import UnsupportedModel
 from course_lib.methods.low_rank import factorize, rank_for_bytes
+from course_lib.methods.quantized_layers import fake_quantized
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 8), (3, 5, 12)), "no bias": (lambda: nn.Linear(4, 20, bias=False), (3, 4)),
@@ -87,3 +88,22 @@ def tied():
 def test_refused(make, rank, error, text):
     with pytest.raises(error, match=text):
         factorize(make(), rank)
+
+
+class Mine(nn.Linear):
+    pass
+
+
+def test_a_subclass_is_split_and_a_rounded_layer_is_not():
+    layer = Mine(12, 8)
+    thin = factorize(nn.Sequential(layer), 2)
+    torch.testing.assert_close(thin(torch.eye(12)), factorize(layer, 2)(torch.eye(12)))
+    with pytest.raises(UnsupportedModel, match="whose weight is a parameter"):
+        factorize(fake_quantized(nn.Linear(12, 8)), 2)
+
+
+def test_what_the_ranks_do_not_name_stays():
+    net = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 12))
+    thin = factorize(net, {"1": 2})
+    assert torch.equal(thin[0].weight, net[0].weight)
+    assert len(thin[1]) == 2

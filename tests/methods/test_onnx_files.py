@@ -77,8 +77,21 @@ def test_a_layer_called_as_the_input_or_output(tmp_path):
     assert [end.name for end in (*model.graph.input, *model.graph.output)] == ["images", "logits"]
     types = {t.name: t.data_type for t in model.graph.initializer}
     kind = onnx.TensorProto
-    named = [types[f"fc_{part}"] for part in ("weight_quantized", "bias_quantized", "out_zero")]
+    named = [types[f"fc/{part}"] for part in ("weight/quantized", "bias/quantized", "out/zero")]
     assert named == [kind.INT8, kind.INT32, kind.UINT8]
+
+
+def test_layers_whose_names_run_together_stay_apart(tmp_path):
+    inner = nn.Sequential(OrderedDict({"0": nn.Linear(4, 4), "relu": nn.ReLU()}))
+    layers = {"fc": inner, "fc_0": nn.Linear(4, 4), "fc_0_relu": nn.Linear(4, 4), "logits": nn.Linear(4, 2)}
+    net, x = nn.Sequential(OrderedDict(layers)).eval(), torch.randn(64, 4)
+    write_float_onnx(net, tmp_path / "float.onnx", (4,))
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "float.onnx", x), net(x))
+        integers = integer_network(net, x)
+        assert (integers(x) - net(x)).abs().max() < 0.05
+    write_int8_onnx(integers, tmp_path / "int8.onnx", (4,))
+    assert len(run(tmp_path / "int8.onnx", x)) == 64
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

@@ -84,3 +84,17 @@ def test_what_does_not_fit_is_said():
         round_scaled(torch.ones(2, 3), torch.ones(2), 4)
     with pytest.raises(ValueError, match="alpha"):
         awq_scales(torch.ones(3), 1.5)
+
+
+def test_all_calls_of_a_layer_count_and_the_model_stays_as_it_was():
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = 0.1 * torch.eye(2)
+    found = watch_inputs(nn.Sequential(layer, layer), torch.full((3, 2), 5.0))["0"]
+    assert found.peak.tolist() == [5.0, 5.0]
+    torch.testing.assert_close(found.mean, torch.full((2,), 2.75))
+    torch.testing.assert_close(found.norm, torch.full((2,), (3 * 25.25) ** 0.5))
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    x = torch.randn(50, 4)
+    torch.testing.assert_close(watch_inputs(net, x)["2"].peak, x.abs().amax(0), rtol=1e-4, atol=1e-4)
+    assert net[0].num_batches_tracked == 0
+    assert net.training

@@ -277,3 +277,10 @@ def test_what_is_refused_changes_nothing(call, text):
     with pytest.raises((TypeError, ValueError), match=text):
         call(model)
     assert same(before, state(model))
+
+
+def test_a_row_that_is_an_input_and_a_frozen_weight_are_refused():
+    with pytest.raises(ValueError, match="belongs to an input"):
+        P.prune_(nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), 0.5, scope="row")
+    with pytest.raises(ValueError, match=r"0\.weight: a frozen weight has no step"):
+        P.GradualPruning(nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2)), 0.5, 4)

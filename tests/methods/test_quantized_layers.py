@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -294,3 +295,15 @@ def test_modules_used_twice_are_folded_once_for_each_use():
 def test_folding_refuses_what_it_cannot_fold(model, text):
     with pytest.raises(UnsupportedModel, match=text):
         fold_batchnorm(model)
+
+
+def test_folding_keeps_names_apart_and_what_is_frozen():
+    torch.manual_seed(0)
+    layers = {"fc": nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "fc_0": nn.Linear(4, 4), "out": nn.Linear(4, 2)}
+    net, x = nn.Sequential(OrderedDict(layers)).eval(), torch.randn(20, 4)
+    torch.testing.assert_close(fold_batchnorm(net)(x), net(x))
+    frozen = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)).requires_grad_(False)
+    assert not any(p.requires_grad for p in fold_batchnorm(frozen).parameters())
+    bare = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+    bare(x)
+    torch.testing.assert_close(fold_batchnorm(bare)(x), bare.eval()(x), rtol=1e-5, atol=1e-5)

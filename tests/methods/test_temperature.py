@@ -121,3 +121,13 @@ def softmax(logits):
 def test_what_is_no_logits_or_no_distribution_is_refused(function, values, error, text):
     with pytest.raises(error, match=text):
         function(values)
+
+
+@pytest.mark.parametrize("row", [[200.0, 0.0, 0.0], [1.0, 0.0, -math.inf]])
+def test_the_gradient_of_entropy_at_a_probability_of_zero(row):
+    logits = torch.tensor([row], requires_grad=True)
+    entropy(softmax_with_temperature(logits, 1.0)).sum().backward()
+    p = torch.tensor([row]).double().softmax(dim=1)
+    q = p.clamp(min=1e-300)
+    expected = -p * (q.log() - (p * q.log()).sum())  # of −Σ p log p by the logits
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-5, atol=1e-7)
