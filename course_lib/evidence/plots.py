@@ -218,7 +218,7 @@ def draw_pareto(
             ax.plot(costs[i], shown[i], marker=marker, color=color, markersize=7, alpha=alpha, zorder=3)
             if spans[i].high > floor:
                 ax.plot([costs[i]] * 2, [max(spans[i].low, floor), spans[i].high], color=color, alpha=alpha)
-            text = [f"{family} {table['label'].iloc[i]}".strip()] if front[i] else []
+            text = [str(table["label"].iloc[i])] if front[i] else []
             text += [f"↓ {means[i]:.0f}"] if means[i] < floor else []
             above = front[i] and order.index(i) % 2  # by turns, as neighbours on the front lie close
             offset, align = ((5, 5), "bottom") if above else ((5, -4), "top")

@@ -142,7 +142,7 @@ def test_a_figure_shows_means_intervals_and_the_front(ax):
     (front,) = [line for line in ax.lines if line.get_label() == "front of the means"]
     assert front.get_xdata().tolist() == [10, 100, 1000, 1300]
     assert front.get_ydata().tolist() == [25, 96.5, 97.5, 97.5]
-    assert [t.get_text() for t in ax.texts if t.get_text()] == ["dense", "pruned 90 %", "small 8"]
+    assert [t.get_text() for t in ax.texts if t.get_text()] == ["90 %", "8"]
     bars = [line for line in ax.lines if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1]
     wanted = mean_interval([96.0, 97.0])
     assert any(np.allclose(bar.get_ydata(), [wanted.low, wanted.high]) for bar in bars)
@@ -153,7 +153,7 @@ def test_a_figure_shows_means_intervals_and_the_front(ax):
 
 def test_what_lies_below_the_floor_is_drawn_there_with_its_value(ax):
     draw_pareto(ax, TABLE, "bytes", xlabel="bytes", floor=90)
-    assert "small 8 ↓ 25" in [t.get_text() for t in ax.texts]
+    assert "8 ↓ 25" in [t.get_text() for t in ax.texts]
     assert min(float(np.min(line.get_ydata())) for line in ax.lines if len(line.get_ydata())) == 90
     with pytest.raises(ValueError, match="bytes must be finite and above 0"):
         draw_pareto(ax, TABLE.assign(bytes=0), "bytes", xlabel="")
