@@ -2,7 +2,7 @@
 
 A :class:`Task` holds the right answer, the cases, and the usual wrong answers as code. :func:`judge` knows nothing of
 any one task: it runs the learner's function beside the right one, and where they differ it looks for a wrong answer
-that gives what the learner's gives on *every* case. That one names the mistake.
+that gives what the learner's gives: on *every* case, or else on the first that fails and on half of those that do.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import copy
 import html
 import inspect
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,21 +31,22 @@ class Task:
 
     name: str  # of the function to be written; also nbgrader's grade_id
     answer: Callable  # a right answer; its parameters' names appear in the sentences
-    expects: str  # what a right answer returns, in words: "a bool tensor"
+    expects: str  # what a right answer returns, in words: "a bool tensor", "a pair (low, high)"
     says: str  # what was tried, for the line of a right answer
     # cases(rng) gives the argument tuples to try, new ones at every call, the plainest first
     cases: Callable[[np.random.Generator], Iterable[tuple]] = lambda rng: ()
-    # sentence -> wrong answer: a function, or keywords that make `answer` wrong, on at least one case
-    wrong: Mapping[str, Callable | Mapping[str, Any]] = field(default_factory=dict)
+    # sentence -> wrong answer: a function, or keywords that make `answer` wrong, on at least one case; or a list of them
+    wrong: Mapping[str, Callable | Mapping[str, Any] | list] = field(default_factory=dict)
     tolerance: float = 1e-4  # of real numbers, as a share of the largest of them
+    slack: float = 1e-6  # and beside that
     same: Callable[..., bool] | None = None  # same(got, expected, *arguments): are two that differ equally right?
     observe: Callable | None = None  # observe(function, *arguments) -> what is compared instead of what it returns
     judged: Callable[[Callable], tuple[bool, str]] | None = None  # instead: judged(function) -> (passed, sentence)
 
-    def wrong_answers(self) -> dict[str, Callable]:
-        """Sentence -> wrong answer as a function."""
-        wrong = self.wrong.items()
-        return {told: fault if callable(fault) else partial(self.answer, **fault) for told, fault in wrong}
+    def wrong_answers(self) -> list[tuple[str, Callable]]:
+        """Pairs (sentence, wrong answer as a function)."""
+        pairs = [(told, f) for told, wrong in self.wrong.items() for f in (wrong if isinstance(wrong, list) else [wrong])]
+        return [(told, fault if callable(fault) else partial(self.answer, **fault)) for told, fault in pairs]
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,28 @@ def _judge(task: Task, function: Callable, rng: np.random.Generator) -> tuple[bo
     cases = list(task.cases(rng))
     right, given = ([_call(task, one, case) for case in cases] for one in (task.answer, function))
     if all(outcome.blank for outcome in given):
-        raise NotImplementedError(f"It returned {given[0].blank}")
+        missing = " (is a return missing?)" if given[0].blank == "None" else ""
+        raise NotImplementedError(f"It returned {given[0].blank} every time{missing}")
     gaps = [_gap(task, *pair) for pair in zip(given, right, cases, strict=True)]
     first = next((i for i, gap in enumerate(gaps) if gap), None)
     if first is None:
         if changed := next((outcome.changed for outcome in given if outcome.changed), ()):
-            return False, f"the results are right, but {' and '.join(changed)} was changed on the way. Copy it first."
+            were = "was changed on the way. Copy it" if len(changed) == 1 else "were changed on the way. Copy them"
+            return False, f"the results are right, but {' and '.join(changed)} {were} first."
         return True, task.says
-    where, gap = _where(task, cases[first]), gaps[first]
-    for sentence, wrong in task.wrong_answers().items():
-        if all(_alike(task, one, _call(task, wrong, case)) for one, case in zip(given, cases, strict=True)):
+    where, gap, likely = _where(task, cases[first]), gaps[first], []
+    for sentence, wrong in task.wrong_answers():
+        if not _alike(task, given[first], _call(task, wrong, cases[first])):
+            continue
+        alike = [_alike(task, one, _call(task, wrong, case)) for one, case in zip(given, cases, strict=True)]
+        if all(alike):
             return False, f"{sentence} (At {where} {gap}.)" if given[first].error is None else sentence
+        likely.append((sum(same for same, gap in zip(alike, gaps, strict=True) if gap), sentence))
+    # Else the likeliest; but two errors of a kind, or two answers of few that there are, may be alike by chance.
+    count, sentence = max(likely, key=lambda each: each[0], default=(0, ""))
+    doubtful = given[first].error is not None or isinstance(given[first].value, (bool, str))
+    if 2 * count >= sum(map(bool, gaps)) and not doubtful:
+        return False, f"Probably: {sentence} (At {where} {gap}.)"
     good = [case for case, one in zip(cases, gaps, strict=True) if not one]
     before = f"right at {_where(task, good[0])}, but " if good else ""
     changed = "".join(f" And {name} was changed: copy it first." for name in given[first].changed)
@@ -168,7 +181,9 @@ def _gap(task: Task, given: _Outcome, right: _Outcome, case: tuple) -> str:
     """What is off, as the end of a sentence that starts with "at alpha = 0.5"; empty if nothing is."""
     if given.error is not None:
         return f"it raised {_error(given.error)}"
-    gap = _difference(given.value, right.value, task.tolerance)
+    gap = _difference(given.value, right.value, task.tolerance, task.slack)
+    if names := re.search(r"\((.+)\)", task.expects):
+        gap = re.sub(r"^in item (\d+)", lambda item: f"in {names[1].split(', ')[int(item[1]) - 1]}", gap)
     if gap and task.same is not None:
         with contextlib.suppress(Exception):  # whatever the learner's value is
             return "" if task.same(given.value, right.value, *copy.deepcopy(case)) else gap
@@ -178,21 +193,23 @@ def _gap(task: Task, given: _Outcome, right: _Outcome, case: tuple) -> str:
 def _alike(task: Task, given: _Outcome, wrong: _Outcome) -> bool:
     if given.error is not None or wrong.error is not None:
         return type(given.error) is type(wrong.error)
-    return not _difference(given.value, wrong.value, task.tolerance)
+    return not _difference(given.value, wrong.value, task.tolerance, task.slack)
 
 
-def _difference(got: Any, want: Any, tolerance: float) -> str:
+def _difference(got: Any, want: Any, tolerance: float, slack: float = 0.0) -> str:
     if isinstance(want, Mapping):
         if not isinstance(got, Mapping) or got.keys() != want.keys():
             return f"you return {_kind(got)}, expected {_kind(want)}"
-        gaps = {key: _difference(got[key], want[key], tolerance) for key in want}
-        return next((gap if key == "value" else f"in the {key} {gap}" for key, gap in gaps.items() if gap), "")
+        gaps = {key: _difference(got[key], want[key], tolerance, slack) for key in want}
+        many = isinstance(want.get("value"), Tensor) and want["value"].numel() > 1
+        note = " (of the sum of all entries, weighed 1, 2, 3, …)" if many else ""
+        return next((gap if key == "value" else f"in the {key}{note} {gap}" for key, gap in gaps.items() if gap), "")
     if isinstance(want, (tuple, list)):
         if isinstance(got, (Tensor, np.ndarray)) and got.ndim > 0 and not any(isinstance(w, Tensor) for w in want):
             got = got.tolist()
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"you return {_kind(got)}, expected {_kind(want)}"
-        gaps = [_difference(g, w, tolerance) for g, w in zip(got, want, strict=True)]
+        gaps = [_difference(g, w, tolerance, slack) for g, w in zip(got, want, strict=True)]
         return next((f"in item {i} {gap}" for i, gap in enumerate(gaps, 1) if gap), "")
     if want is None or isinstance(want, str):
         return "" if type(got) is type(want) and got == want else f"yours is {_shown(got)}, expected {_shown(want)}"
@@ -205,7 +222,7 @@ def _difference(got: Any, want: Any, tolerance: float) -> str:
     if bool(a.isnan().any()) and not bool(b.isnan().any()):
         return "yours is NaN" if a.dim() == 0 else f"yours has {int(a.isnan().sum())} NaN of {a.numel()}"
     finite = b[b.isfinite()]
-    slack = 1e-6 + tolerance * float(finite.abs().max()) if finite.numel() and _family(want) == "float" else 0.0
+    slack = slack + tolerance * float(finite.abs().max()) if finite.numel() and _family(want) == "float" else 0.0
     off = ~((a == b) | ((a - b).abs() <= slack) | (a.isnan() & b.isnan()))
     if not bool(off.any()):
         return ""
@@ -258,9 +275,9 @@ def _where(task: Task, case: tuple) -> str:
 
 def _argument(value: Any) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
-        short = value.ndim < 2 and 0 < len(value.reshape(-1)) <= 6
-        return f"= {_shown(value.tolist())}" if short else f"{list(value.shape)}"
-    if isinstance(value, (list, tuple)) and (len(value) > 6 or any(isinstance(v, Mapping) for v in value)):
+        short = 0 < len(value.reshape(-1)) <= 12
+        return f"= {_shown(value.tolist())}" if short else f"of shape {list(value.shape)}"
+    if isinstance(value, (list, tuple)) and (len(value) > 12 or any(isinstance(v, Mapping) for v in value)):
         return f"of {len(value)}"
     if isinstance(value, Mapping):
         return f"with {', '.join(map(str, value))}"
@@ -271,7 +288,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_shown, value)) + "]"
     if isinstance(value, float):
-        return f"{value:.4g}".replace("-", "−")
+        return f"{value + 0.0:.4g}".replace("-", "−")
     return str(value).replace("-", "−") if isinstance(value, int) else repr(value)[:60]
 
 
@@ -280,7 +297,7 @@ def _kind(value: Any) -> str:
         value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
-        return f"a {name} tensor of shape {list(value.shape)}" if value.dim() else _shown(value.item())
+        return f"a{'n' * name.startswith('i')} {name} tensor of shape {list(value.shape)}" if value.dim() else _shown(value.item())
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return _shown(value) if value is None or isinstance(value, (bool, Real)) else f"a {type(value).__name__}"

@@ -28,7 +28,7 @@ def check(name: str, function: Callable) -> Result:
     """Try a learner's ``function`` as the answer to the task ``name``; says one line, and never raises.
 
     >>> check("count_macs_linear", lambda widths: None)
-    count_macs_linear: not yet. It returned None; a whole number is expected.
+    count_macs_linear: not yet. It returned None every time (is a return missing?); a whole number is expected.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=1)
