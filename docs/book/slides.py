@@ -90,9 +90,9 @@ def blocks(text: str):
             start = end + 1
 
 
-def slides_of(notebook: dict) -> list[Slide]:
-    """The slides of a lesson."""
-    slides, section = [], ""
+def slides_of(notebook: dict, title: str) -> list[Slide]:
+    """The slides of a lesson; what stands before its first heading has one of its own."""
+    slides, section = [Slide(f"<h1>{title}</h1>")], ""
 
     def room() -> Slide:
         if slides[-1].full:
@@ -136,18 +136,20 @@ def slides_of(notebook: dict) -> list[Slide]:
 
 
 def main(out: Path) -> None:
-    """Write the decks, and a page that leads to them."""
+    """Write the decks, and a page that leads to them; nothing old goes before all lessons are read."""
+    pages = {}
+    for lesson in map(lambda found: found.read(), find_lessons(HERE.parents[1] / "notebooks")):
+        title = html.escape(f"{lesson.number} {lesson.title}")
+        deck = DECK.format(slides="\n".join(map(str, slides_of(lesson.notebook, title))))
+        pages[f"{lesson.number}.html"] = title, PAGE.format(title=title, body=deck)
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(HERE / "vendor" / "reveal", out / "reveal")
     shutil.copy(HERE / "static" / "slides.css", out)
     for path in (HERE / "vendor" / "mathjax").iterdir():
         shutil.copy(path, out / "reveal")
-    links = []
-    for lesson in map(lambda found: found.read(), find_lessons(HERE.parents[1] / "notebooks")):
-        title, name = html.escape(f"{lesson.number} {lesson.title}"), f"{lesson.number}.html"
-        deck = DECK.format(slides="\n".join(map(str, slides_of(lesson.notebook))))
-        (out / name).write_text(PAGE.format(title=title, body=deck), encoding="utf-8")
-        links.append(f"<li><a href='{name}'>{title}</a></li>")
+    for name, (_, page) in pages.items():
+        (out / name).write_text(page, encoding="utf-8")
+    links = [f"<li><a href='{name}'>{title}</a></li>" for name, (title, _) in pages.items()]
     keys = "S opens the speaker's notes, O shows all slides, F fills the screen."
     body = f"<main><h1>Slides</h1><p>{keys}</p><ul>{''.join(links)}</ul></main>"
     (out / "index.html").write_text(PAGE.format(title="Slides", body=body), encoding="utf-8")
