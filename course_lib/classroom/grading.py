@@ -6,6 +6,7 @@ must expect malice runs the whole command in a container or under a user of its 
 """
 
 import ast
+import codeop
 import contextlib
 import csv
 import hashlib
@@ -13,9 +14,15 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import signal
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from course_lib.classroom.answers import judge
@@ -28,8 +35,11 @@ __all__ = ["grade"]
 
 COLUMNS = ("file", "name", "task", "points", "of", "hint", "sha256")
 PRELOADED = ("course_lib.classroom.grading", "course_lib.classroom.practice", "course_lib.lab", "scipy.stats")
+PRELOADED += ("torch._dynamo",)  # it replaces torch.manual_seed: before the seal, or who imports an optimizer breaks it
 CASES = 20_240  # every submission meets the same cases
 MOST_RUNS = 12  # of one submission: what ended its process is left out in the next
+LIMIT = re.compile("took longer|ended the process|not reached|memory", re.IGNORECASE)  # another run may end otherwise
+MAGIC = re.compile(r"(\s*)([%!?]|[\w.*]+\?\??\s*$)")
 
 
 def grade(
@@ -38,63 +48,78 @@ def grade(
 ) -> Path:  # fmt: skip
     """Grade every notebook under ``folder``, or one notebook, into a CSV: file, name, task, points, of, hint, sha256.
 
-    Files that ``output`` (``grades.csv`` in the folder by default) already has, unchanged, are not run again: a grading
-    that was stopped goes on. By default a notebook is graded as the ``chapter`` whose tasks it has. One step of it (a
-    cell, or a check) may take so many ``seconds``, and ``memory`` in gigabytes beyond the library's.
+    Rows that ``output`` (``grades.csv`` in the folder by default) has stay, also with points changed by hand; a file is
+    run again if it has changed, was graded as another chapter, or met a limit. By default a notebook is graded as the
+    ``chapter`` whose tasks it has. One step of it (a cell, or a check) may take so many ``seconds``, and ``memory`` in
+    gigabytes beyond the library's.
     """
-    chapters = known_chapters = _chapters(notebooks)
+    if (jobs is not None and jobs < 1) or not all(0 < given <= 10**6 for given in (seconds, memory)):
+        told = f"got {jobs}, {seconds} and {memory}"
+        raise CourseError(f"--jobs must be at least 1, --seconds and --memory above 0 and at most a million; {told}")
+    chapters = known_chapters = _chapters(notebooks or notebooks_folder())
     if chapter is not None:
         chapters = {name: tasks for name, tasks in chapters.items() if name.startswith(chapter)}
         if len(chapters) != 1:
             raise CourseError(f"no chapter {chapter!r} has practice; there are {', '.join(known_chapters)}")
     found = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).rglob("*.ipynb"))
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
-    files = {place: path for place, path in files.items() if not place.startswith(".") and "/." not in place}
+    # A name may be no UTF-8.
+    places = {path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode(): path for path in found}
+    files = {at: path for at, path in places.items() if path.is_file() and not at.startswith(".") and "/." not in at}
     if not files:
         raise CourseError(f"no notebook in {folder}: a folder of submissions is needed")
     output = Path(output or folder / "grades.csv")
-    known, rows = _known(output), {}
-    hashes = {place: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for place, path in files.items()}
+    rows, (stopped, stop) = _known(output), multiprocessing.Pipe(duplex=False)
+    run, running = partial(_run, seconds, memory, stopped), {}
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        running = {}
-        for place, path in files.items():
-            if (place, hashes[place]) in known:
-                rows[place] = known[place, hashes[place]]
-            else:
-                running[pool.submit(_grade_one, path, chapters, seconds, memory)] = place
-        for future in as_completed(running):
-            place, (graded, told) = running[future], future.result()
-            about = {"file": place, "name": _name(place), "sha256": hashes[place]}
-            rows[place] = [about | dict(zip(COLUMNS[2:6], row, strict=True)) for row in graded]
+        try:
+            for place, path in files.items():
+                running[pool.submit(_grade_one, path, place, rows.get(place, []), chapters, run)] = place
+            for future in as_completed(running):
+                rows[running[future]], told = future.result()
+                if told:
+                    _write(output, rows)
+                    print(f"{running[future]}: {told}", flush=True)
+        finally:
+            stop.close()  # which wakes all who wait at the other end
+            pool.shutdown(cancel_futures=True)
             _write(output, rows)
-            print(f"{place}: {told}", flush=True)
-    _write(output, rows)
     return output
 
 
-def _chapters(notebooks: Path | None) -> dict[str, dict[str, int]]:
+def _chapters(notebooks: Path) -> dict[str, dict[str, int]]:
     """Chapter -> task -> points, as the solutions say."""
     found = {}
-    for path in sorted((notebooks or notebooks_folder()).glob("solutions/[0-9][0-9]_*.ipynb")):
+    for path in sorted(notebooks.glob("solutions/[0-9][0-9]_*.ipynb")):
         marks = [cell["metadata"].get("nbgrader", {}) for cell in read_notebook(path)[0]["cells"]]
         found[path.stem] = {m["grade_id"].removesuffix("_check"): m["points"] for m in marks if m.get("grade")}
+    if not found:
+        raise CourseError(f"no solutions in {notebooks / 'solutions'}: they say what there is to grade")
     return found
 
 
 def _name(place: str) -> str:
     """Whose it is: the first folder of a ``practice.ipynb`` or ``02_pruning.ipynb``, else the file's own name."""
     path = Path(place)
-    handed_out = path.stem == "practice" or path.stem[:2].isdigit()
+    handed_out = path.stem == "practice" or re.fullmatch(r"\d\d_\w+", path.stem)
     return path.parts[0] if len(path.parts) > 1 and handed_out else path.stem
 
 
-def _known(output: Path) -> dict[tuple[str, str], list[dict]]:
-    known: dict[tuple[str, str], list[dict]] = {}
-    with contextlib.suppress(OSError, KeyError, ValueError, csv.Error):
-        for row in csv.DictReader(io.StringIO(output.read_text(encoding="utf-8-sig"))):
-            known.setdefault((row["file"], row["sha256"]), []).append({key: row[key] for key in COLUMNS})
-    return known
+def _known(output: Path) -> dict[str, list[dict]]:
+    """File -> its rows, with commas or with the semicolons of a spreadsheet."""
+    known: dict[str, list[dict]] = {}
+    if not output.exists():
+        return known
+    with contextlib.suppress(ValueError, csv.Error):
+        text = output.read_text(encoding="utf-8-sig")
+        delimiter = ";" if ";" in text.partition("\n")[0] else ","
+        table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter)
+        if tuple(table.fieldnames or ()) == COLUMNS:
+            for row in table:
+                row = {key: re.sub("^'(?=[=+@-])", "", row[key]) for key in COLUMNS}
+                known.setdefault(row["file"], []).append(row)
+            return known
+    raise CourseError(f"{output} is no table of grades ({', '.join(COLUMNS)}; UTF-8), and stays: name another file")
 
 
 def _write(output: Path, rows: dict[str, list[dict]]) -> None:
@@ -106,39 +131,42 @@ def _write(output: Path, rows: dict[str, list[dict]]) -> None:
         unsafe = {key: f"'{v}" for key, v in row.items() if isinstance(v, str) and v[:1] in ("=", "+", "-", "@")}
         writer.writerow(row | unsafe)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, text.getvalue().encode())
+    write_file(output, text.getvalue().encode(errors="backslashreplace"))
 
 
 # --- one submission ---------------------------------------------------------------------------------------------------
 
 
-def _grade_one(path: Path, chapters: dict, seconds: float, memory: float) -> tuple[list[tuple], str]:
-    """Rows (task, points, of, hint), and a line for the screen."""
+def _grade_one(path: Path, place: str, known: list[dict], chapters: dict, run: Callable) -> tuple[list[dict], str]:
+    """Its rows, and a line for the screen: "" for those ``known`` where they still say how it is."""
+    about = {"file": place, "name": _name(place)}
     try:
-        cells = _cells(path)
-        chapter = _chapter_of(cells, chapters)
+        notebook, data = read_notebook(path)
+        chapter = _chapter_of(cells := _cells(notebook), chapters)
     except Exception as error:
-        told = str(error).replace(str(path), path.name)[:300]
-        return [("", 0, 0, told)], told
-    tasks, said = chapters[chapter], {}
+        told = str(error).replace(str(path), place)[:300]
+        return [about | {"points": 0, "of": 0, "hint": told}], told
+    about["sha256"], tasks, said = hashlib.sha256(data).hexdigest()[:12], chapters[chapter], {}
+    limits = any(row["points"] == "0" and LIMIT.search(row["hint"]) for row in known)
+    if {(row["task"], row["sha256"]) for row in known} == {(task, about["sha256"]) for task in tasks} and not limits:
+        return known, ""
     for _ in range(MOST_RUNS):
-        if _run(cells, list(tasks), said, seconds, memory) or "" in said:
+        if run(cells, list(tasks), said) or "" in said:
             break
     hints = {task: said.get(task, said.get("", "it was not reached")) for task in tasks}
-    rows = [(task, 0 if hints[task] else points, points, hints[task]) for task, points in tasks.items()]
-    return rows, f"{sum(row[1] for row in rows)} of {sum(tasks.values())} points in {chapter}"
+    points = {task: 0 if hints[task] else most for task, most in tasks.items()}
+    rows = [about | {"task": t, "points": points[t], "of": tasks[t], "hint": hints[t]} for t in tasks]
+    return rows, f"{sum(points.values())} of {sum(tasks.values())} points in {chapter}"
 
 
-def _cells(path: Path) -> list[tuple[str, str]]:
+def _cells(notebook: dict) -> list[tuple[str, str]]:
     """(task or "", source) of all code cells that are not locked."""
     found = []
-    for cell in read_notebook(path)[0]["cells"]:
+    for cell in notebook["cells"]:
         mark = cell["metadata"].get("nbgrader")
         mark = mark if isinstance(mark, dict) else {}
         if cell["cell_type"] == "code" and not mark.get("grade"):
-            lines = cell["source"].splitlines()
-            source = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!", "?")))
-            found.append((str(mark.get("grade_id", "")) if mark.get("solution") else "", source))
+            found.append((str(mark.get("grade_id", "")) if mark.get("solution") else "", cell["source"]))
     return found
 
 
@@ -151,8 +179,8 @@ def _chapter_of(cells: list[tuple[str, str]], chapters: dict) -> str:
     return best
 
 
-def _run(cells: list, tasks: list[str], said: dict[str, str], seconds: float, memory: float) -> bool:
-    """One run of a submission, without the steps that ``said`` knows; returns whether it reached its end.
+def _run(seconds: float, memory: float, stopped: Connection, cells: list, tasks: list[str], said: dict) -> bool:
+    """One run of a submission, without the steps that ``said`` knows; returns whether that was the last.
 
     ``said`` gets for each task what the check says, "" for a pass, and for a step that ended the process how.
     """
@@ -168,7 +196,9 @@ def _run(cells: list, tasks: list[str], said: dict[str, str], seconds: float, me
         theirs.close()
         step, limit = "", seconds + 60  # a slow machine imports slowly
         try:
-            while ours.poll(limit):
+            while ready := wait([ours, stopped], limit):
+                if stopped in ready:
+                    return True
                 event = json.loads(ours.recv_bytes(1_000_000))  # never pickle: that would run what they send
                 if "over" in event:
                     return True
@@ -192,6 +222,9 @@ def _child(pipe, cells: list, tasks: list[str], done: dict[str, str], memory: fl
     def tell(**event) -> None:
         pipe.send_bytes(json.dumps(event).encode())
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; it is no fault of the submission
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     seal = _seal()
     _confine(scratch, memory)
     answers, errors = _execute(cells, tasks, done, tell)
@@ -213,7 +246,7 @@ def _child(pipe, cells: list, tasks: list[str], done: dict[str, str], memory: fl
 def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
     """The functions that the notebook defines, and why some are missing. Of unmarked cells only what costs nothing."""
     space: dict = {"__name__": "__main__"}
-    answers, errors = {}, {}
+    answers, errors, compiled = {}, {}, codeop.Compile()  # which remembers a __future__ for the cells below, as IPython
     for number, (task, source) in enumerate(cells):
         step = f"cell of {task or f'cell {number}'}"
         if step in done:
@@ -221,11 +254,11 @@ def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
             continue
         tell(step=step)
         try:
-            for node in ast.parse(source).body:
+            for node in _parsed(source).body:
                 if task or _is_plain(node):
                     # A package that is missing here costs what needs it, not the imports below it.
                     with contextlib.nullcontext() if task else contextlib.suppress(ImportError):
-                        exec(compile(ast.Module([node], []), task or f"cell {number}", "exec"), space)
+                        exec(compiled(ast.Module([node], []), task or f"cell {number}", "exec"), space)
         except (Exception, SystemExit) as error:
             errors[task] = f"its cell raised {type(error).__name__}: {error}"
         if task and callable(space.get(task)):
@@ -233,11 +266,22 @@ def _execute(cells, tasks, done, tell) -> tuple[dict, dict]:
     return {task: space[task] for task in tasks if callable(space.get(task))} | answers, errors
 
 
+def _parsed(source: str) -> ast.Module:
+    """Without IPython's own lines, of which only those go where Python stops: a line that goes on may start with %."""
+    lines = source.split("\n")
+    while True:
+        try:
+            return ast.parse("\n".join(lines))
+        except SyntaxError as error:
+            number = min(error.lineno or 1, len(lines)) - 1
+            if not (magic := MAGIC.match(lines[number])):
+                raise
+            lines[number] = f"{magic[1]}pass"
+
+
 def _is_plain(node: ast.stmt) -> bool:
-    if isinstance(node, ast.Assign):
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            ast.literal_eval(node.value)
-            return True
+    if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+        return not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(node.value))
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
 
 
@@ -246,11 +290,12 @@ def _seal() -> dict:
     import builtins
 
     import numpy
-    import torch
+    import torch._dynamo
 
     ours = [module for name, module in list(sys.modules.items()) if name.startswith("course_lib.classroom.")]
     owners = (*ours, builtins, numpy, torch, torch.Tensor, torch.nn.functional)
     found = {(str(o), key): (id(v), id(getattr(v, "__code__", v))) for o in owners for key, v in list(vars(o).items())}
+    found.pop((str(torch), "Storage"))  # set_default_dtype replaces it
     return found | {task: (id(it), id(it.answer), id(it.cases), it.says) for task, it in TASKS.items()}
 
 

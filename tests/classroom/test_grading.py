@@ -2,8 +2,15 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 
 import nbformat
+import psutil
 import pytest
 from small_lessons import course
 
@@ -20,7 +27,10 @@ EDITS = {
     "leaves_hard": "def count_macs_linear(widths):\n    import os\n    os._exit(0)",
     "no_python": "def count_macs_linear(widths) return 1",
     "hungry": "def count_macs_linear(widths):\n    return len('a' * 20 * 2**30)",
-    "magic": "%time\n!ls\ndef count_macs_linear(widths):\n    return sum(a * b for a, b in zip(widths, widths[1:]))",
+    "magic": "%time\n!ls\nlen?\ndef count_macs_linear(widths):\n"
+    "    return (sum(a * b for a, b in zip(widths, widths[1:]))\n        % 10**12)",
+    "imports": "import torch._dynamo\ntorch.set_default_dtype(torch.float64)\n"
+    "def count_macs_linear(widths):\n    return sum(a * b for a, b in zip(widths, widths[1:]))",
     "helper": "def count_macs_linear(widths):\n    return dot(widths)",
     "meddles": "from course_lib.classroom import answers\nanswers._difference = lambda *given: ''\n"
     "def count_macs_linear(widths):\n    return 0",
@@ -36,7 +46,8 @@ def notebook(name=None):
     if name == "helper":
         cells = [
             "import no_such_package\nimport time\ntime.sleep(99)",
-            "def dot(w):\n    return sum(a * b for a, b in zip(w, w[1:]))",
+            "from __future__ import annotations\nUNIT: int = 1\nNOTHING = 10 ** -9 - 1e-9",
+            "def dot(w: no_such_name):\n    return sum(a * b * UNIT for a, b in zip(w, w[1:])) + NOTHING",
         ]
         made.cells[1:1] = [nbformat.v4.new_code_cell(source) for source in cells]
     return made
@@ -78,7 +89,7 @@ def points(rows):
 
 def test_a_right_notebook_gets_all_points_and_no_hint(graded):
     found = graded[1]
-    folders = [f"{name}/practice.ipynb" for name in ("anna", "magic", "helper")]
+    folders = [f"{name}/practice.ipynb" for name in ("anna", "magic", "helper", "imports")]
     for file in ("large.ipynb", "other/bert.ipynb", *folders):
         told = [(row["task"], row["points"], row["of"], row["hint"]) for row in found[file]]
         assert told == [(task, n, n, "") for task, n in zip(TASKS, "1231", strict=True)], file
@@ -139,9 +150,8 @@ def test_it_goes_on_where_it_stopped(tmp_path):
 def test_what_ends_every_run_ends_the_grading(tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "_child", None)
     nbformat.write(notebook(), tmp_path / "a.ipynb")
-    rows, told = grading._grade_one(tmp_path / "a.ipynb", {"01_concepts": dict.fromkeys(TASKS, 1)}, 4, 3)
-    assert told == "0 of 4 points in 01_concepts"
-    assert all("it ended the process" in hint for *_, hint in rows)
+    rows = csv.DictReader(grade(tmp_path, jobs=1, chapter="01").read_text().splitlines())
+    assert all((row["points"], "it ended the process" in row["hint"]) == ("0", True) for row in rows)
 
 
 def test_what_cannot_be_graded_is_said(tmp_path):
@@ -150,5 +160,95 @@ def test_what_cannot_be_graded_is_said(tmp_path):
     nbformat.write(notebook(), tmp_path / "a.ipynb")
     with pytest.raises(CourseError, match=r"no chapter '09'.* there are 01_concepts, 02_pruning"):
         grade(tmp_path, chapter="09")
+    with pytest.raises(CourseError, match="no solutions in "):
+        grade(tmp_path, notebooks=tmp_path)
+    for given in ({"seconds": 0}, {"seconds": float("nan")}, {"memory": float("inf")}, {"memory": -1}, {"jobs": -1}):
+        with pytest.raises(CourseError, match=f"above 0 and at most a million; got .*{next(iter(given.values()))}"):
+            grade(tmp_path, **given)
+    (tmp_path / "roster.csv").write_text("name,mail\n")
+    with pytest.raises(CourseError, match=r"roster\.csv is no table of grades"):
+        grade(tmp_path, output=tmp_path / "roster.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ipynb", "roster.csv"]
     assert "Runs the code of every notebook" in course("practice", "grade", "--help")[1]
     assert course("practice", "grade")[0] == 2
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The submissions' names, in the order in which they were run, if nothing but their hint decides the points."""
+    names = []
+
+    def run(seconds, memory, stopped, cells, tasks, said):
+        names.append(cells[0][1])
+        said |= dict.fromkeys(tasks, "" if seconds > 1 else "it took longer than 1 seconds")
+        return True
+
+    monkeypatch.setattr(grading, "_run", run)
+    return names
+
+
+def submission(path, hint=""):
+    made = notebook()
+    made.cells.insert(0, nbformat.v4.new_code_cell(path.stem.encode(errors="replace").decode()))
+    nbformat.write(made, path)
+    return path
+
+
+def test_what_is_known_stays_unless_it_may_be_otherwise_now(tmp_path, ran):
+    a, _, c = (submission(tmp_path / f"{name}.ipynb") for name in "abc")
+    path = grade(tmp_path, jobs=1)
+    by_hand = path.read_text().replace("b.ipynb,b,paired_interval,2", "b.ipynb,b,paired_interval,1").replace(",", ";")
+    path.write_text(by_hand, encoding="utf-8-sig")
+    c.unlink()
+    grade(a, jobs=1)
+    grade(tmp_path, jobs=1)
+    assert path.read_text() == by_hand.replace(";", ",")
+    assert ran == ["a", "b", "c"]
+    grade(a, chapter="02")
+    grade(a)
+    assert ran[3:] == ["a", "a"], "those zeros were another chapter's"
+    submission(tmp_path / "d.ipynb")
+    for seconds in (1, 30, 30):
+        grade(tmp_path, jobs=1, seconds=seconds)
+    assert ran[5:] == ["d", "d"], "the limit was a smaller one"
+
+
+def test_names_and_hints_may_hold_anything(tmp_path, ran, monkeypatch):
+    try:
+        submission(tmp_path / "=\udcff.ipynb")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system takes no such name")
+    monkeypatch.setattr(grading, "_run", lambda *given: given[-1].update(dict.fromkeys(TASKS, "\ud800 ü")))
+    for _ in range(2):
+        rows = list(csv.DictReader(grade(tmp_path).read_text("utf-8").splitlines()))
+        assert [row["file"] for row in rows] == ["'=\\udcff.ipynb"] * 4
+        assert {row["hint"] for row in rows} == {"\\ud800 ü"}
+    assert grading._name("monday/20231234.ipynb") == "20231234"
+    assert grading._name("anna/02_pruning.ipynb") == "anna"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
+def test_who_stops_the_grading_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "course_lib", "practice", "grade", "--jobs", "1", "--seconds", "1000"]
+    handlers, runs = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}, {}
+    for number, handler in handlers.items():
+        (folder := tmp_path / number.name).mkdir()
+        made = notebook("endless_cell")
+        busy = f"import os\nopen({str(folder / 'pid')!r}, 'w').write(str(os.getpid()))\nwhile True:\n    pass"
+        next(cell for cell in made.cells if cell.id == "count_macs_linear").source = busy
+        for name in "abc":
+            nbformat.write(made, folder / f"{name}.ipynb")
+        start = partial(signal.signal, number, handler)  # whoever started the tests may ignore Ctrl-C
+        runs[number] = folder, subprocess.Popen([*command, folder], stderr=subprocess.PIPE, preexec_fn=start)
+    for number, (folder, process) in runs.items():
+        deadline = time.monotonic() + 100
+        while not ((file := folder / "pid").exists() and file.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        child = psutil.Process(int(file.read_text()))
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        assert (folder / "grades.csv").exists() == (number == signal.SIGINT)
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
