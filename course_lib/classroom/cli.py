@@ -46,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = vars(options)
     del chosen["command"]
     try:
+        # A lesson runs in its own folder: what these name is meant from here.
+        for name in ("COURSE_DATA", "COURSE_CACHE", "COURSE_SMOLLM"):
+            if (given := os.path.expanduser(os.environ.get(name, ""))).startswith("~"):
+                raise CourseError(f"{name} is {given!r}, and there is no such home here: write its path out")
+            os.environ |= {name: os.path.abspath(given)} if given else {}
         code = chosen.pop("action")(**chosen)
         sys.stdout.flush()
         return code
@@ -147,13 +152,12 @@ def _list(notebooks: Path, paths: bool) -> int:
     return 0
 
 
-def _replicate(notebooks: Path, seeds: str, dataset: str | None, **options) -> int:
+def _replicate(notebooks: Path, seeds: str, **options) -> int:
     from course_lib.classroom.runner import run_lessons
 
-    def run(seed: str, folder: Path) -> int:
-        return run_lessons(notebooks, seed=seed, dataset=dataset, output=folder, resume=True, **options)
-
-    return reports.replicate(notebooks, seeds.replace(",", " ").split(), dataset or "digits", run)
+    run = partial(run_lessons, notebooks, resume=True, **options)
+    told = [options["dataset"] or "digits", *({options["profile"]} - {None, "quick"})]
+    return reports.replicate(notebooks, seeds.replace(",", " ").split(), "-".join(told), run)
 
 
 def _readme(notebooks: Path) -> int:

@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from course_lib.classroom.lessons import CourseError, find_lessons, read_notebook
+from course_lib.classroom.lessons import CourseError, find_lessons, given_value, read_notebook
 from course_lib.files import write_file
 
 __all__ = ["claims_of", "count_claims", "refresh_readme", "replicate", "show_claims", "show_table", "shown_path"]
@@ -107,25 +107,35 @@ def refresh_readme(notebooks: Path, *, check: bool = False) -> list[str]:
     return [path.relative_to(root).as_posix() for path in stale]
 
 
-def replicate(notebooks: Path, seeds: Sequence[str], dataset: str, run: Callable[[str, Path], int]) -> int:
+def replicate(notebooks: Path, seeds: Sequence[str], name: str, run: Callable[..., int]) -> int:
     """Run lessons under several seeds, and write into docs/claims.md where each claim held.
 
-    Results go to ``build/replicate/<dataset>-<seed>/``; what they claim is kept in docs/claims.json, so that another
-    seed or data set adds a column. A claim reworded since counts as not run. ``run`` is called with a seed and the
-    folder of its results, and returns an exit code, as this does: 1 if a lesson did not reach its end.
+    Results go to ``build/replicate/<name>-<seed>/``, and ``name`` is that of the data set and of any profile but quick.
+    What they claim is kept in docs/claims.json, so that another seed or name adds a column; a claim reworded since, or
+    of a lesson that fails now, counts as not run. ``run`` is called with ``seed`` and ``output``, the folder of its
+    results, and returns an exit code, as this does: 1 if a lesson did not reach its end.
     """
     root, code = notebooks.resolve().parent, 0
     kept = root / "docs" / "claims.json"
-    runs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    numbers = dict.fromkeys(given_value("seed", seed) for seed in seeds)
+    if not numbers:
+        raise CourseError('--seeds takes at least one, such as "0 1 2"')
+    try:
+        runs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    except ValueError as error:
+        raise CourseError(f"{kept} is damaged: {error}; mend it, or delete it and run all seeds again") from None
     kept.parent.mkdir(exist_ok=True)
-    for seed in seeds:
-        folder = root / "build" / "replicate" / f"{dataset}-{seed}"
-        if (ended := run(seed, folder)) > 1:
+    for seed in numbers:
+        folder = root / "build" / "replicate" / f"{name}-{seed}"
+        if (ended := run(seed=str(seed), output=folder)) > 1:
             return ended
-        code |= any(folder.rglob("*-failed.ipynb"))
         lessons = find_lessons(notebooks)
-        fresh = claims_of(path for lesson in lessons if (path := folder / lesson.place).is_file())
-        runs.setdefault(f"{dataset} {seed}", {}).update({c["id"]: {n: c.get(n) for n in KEPT} for c in fresh})
+        failed = {x.number for x in lessons if (folder / x.place.with_name(f"{x.path.stem}-failed.ipynb")).is_file()}
+        code |= bool(failed)
+        done = [path for x in lessons if x.number not in failed and (path := folder / x.place).is_file()]
+        fresh, before = claims_of(done), runs.get(f"{name} {seed}", {})
+        column = {id: c for id, c in before.items() if c["lesson"] not in failed}
+        runs[f"{name} {seed}"] = column | {c["id"]: {n: c.get(n) for n in KEPT} for c in fresh}
         write_file(kept, (json.dumps(runs, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
         titles = {lesson.number: lesson.read().title for lesson in lessons}
         write_file(kept.with_suffix(".md"), claims_page(runs, titles, {c["id"]: c["sentence"] for c in fresh}).encode())

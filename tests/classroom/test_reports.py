@@ -121,6 +121,19 @@ def test_replicate_tells_where_each_claim_held_and_keeps_earlier_runs(root, monk
     assert "| Sentence of 01.a, reworded. |  |  | ✓ 2.0 |  |" in page
     (root / "build" / "replicate" / "digits-2" / "01_concepts-failed.ipynb").touch()
     assert course(*again, "2")[0] == 1
+    page = (root / "docs" / "claims.md").read_text()
+    assert "Sentence of 01.a, reworded." not in page, "that lesson fails now"
+    assert course(*again, "00 0,0", "--profile", "full")[0] == 0
+    assert [name for _, name, _, _ in made][-1:] == ["digits-full-0"]
+    runs = json.loads((root / "docs" / "claims.json").read_text())
+    assert list(runs) == ["digits 0", "digits 1", "digits 2", "digits-full 0", "mnist 3"]
+    made.clear()
+    for seeds, says in (("0 x", "got 'x'"), ("", "--seeds takes at least one")):
+        code, _, errors = course(*again, seeds)
+        assert (code, says in errors, made) == (2, True, [])
+    (root / "docs" / "claims.json").write_text("<<<<<<< HEAD\n")
+    assert "claims.json is damaged" in course(*again, "0")[2]
+    (root / "docs" / "claims.json").unlink()
     monkeypatch.setattr("course_lib.classroom.runner.run_lessons", lambda *a, **k: 130)
     assert course(*again, "0")[0] == 130
 
@@ -135,6 +148,18 @@ def test_the_command_line_says_what_it_can_and_what_it_cannot(tmp_path):
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     shown = subprocess.run([*command, tmp_path], env=env, capture_output=True, text=True, check=True).stdout
     assert "01      Gr??e und ?" in shown
+
+
+def test_folders_in_the_environment_are_meant_from_here(tmp_path, monkeypatch):
+    write_notebook(tmp_path / "01_a.ipynb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_DATA", "data")
+    monkeypatch.setenv("COURSE_CACHE", "")
+    assert course("list", "--notebooks", tmp_path)[0] == 0
+    assert (os.environ["COURSE_DATA"], os.environ["COURSE_CACHE"]) == (str(tmp_path / "data"), "")
+    monkeypatch.setenv("COURSE_CACHE", "~no_such_user/cache")
+    code, _, errors = course("list", "--notebooks", tmp_path)
+    assert (code, errors.startswith("error: COURSE_CACHE is '~no_such_user/cache'"), errors.count("\n")) == (2, True, 1)
 
 
 def test_in_a_terminal_long_texts_fold(root, monkeypatch):
