@@ -67,11 +67,10 @@ def run_lessons(
         raise CourseError("--output must not be the folder of the lessons themselves; --store is what writes there")
     lessons = [lesson.read() for lesson in select_lessons(find_lessons(notebooks), list(lessons))]
     values = {one.number: {n: given.get(n, default) for n, default in one.parameters.items()} for one in lessons}
-    for name in sorted({each.get("dataset", "digits") for each in values.values()} - {"digits"}):
-        check_data(name)
+    data_keys = {n: check_data(n) for n in sorted({v.get("dataset", "digits") for v in values.values()} - {"digits"})}
     build, data = notebooks.resolve().parent / "build", given.get("dataset", "digits")
     folder = output or build / "course" / f"{data}-{given.get('profile', 'quick')}"
-    run = _Run(values, build / "store" if store else folder.absolute(), timeout, jobs, store)
+    run = _Run(values, data_keys, build / "store" if store else folder.absolute(), timeout, jobs, store)
     stopped = run.execute([lesson for lesson in lessons if not (resume and run.is_current(lesson))])
     if stopped:
         print(f"interrupted by {signal.Signals(stopped).name}: everything was stopped", file=sys.stderr)
@@ -88,18 +87,19 @@ def run_lessons(
     return 1 if run.failed or false else 0
 
 
-def check_data(name: str) -> None:
-    """Load a data set once before anything runs, and say if it is small.
+def check_data(name: str) -> str:
+    """Load a data set once before anything runs, say if it is small, and return a hash of it.
 
     CourseError if it is missing or damaged, has fewer than 200 training images, or a class without any.
     """
     import torch
 
+    from course_lib.lab.checkpoints import checkpoint_key
     from course_lib.lab.data import DataError, load_dataset
 
     try:
         data = load_dataset(name)
-    except DataError as error:
+    except (DataError, ValueError) as error:
         raise CourseError(" ".join(str(error).split())) from None
     labels = torch.cat([data.train.labels, data.val.labels])
     absent = [data.class_names[i] for i, count in enumerate(labels.bincount(minlength=data.num_classes)) if not count]
@@ -110,15 +110,17 @@ def check_data(name: str) -> None:
         raise CourseError(f"{few}; at least {TOO_FEW_IMAGES} are needed, and lessons are made for {FEW_IMAGES:,}")
     if len(labels) < FEW_IMAGES:
         print(f"warning: {few}, and lessons are made for {FEW_IMAGES:,}: many claims will not hold here", flush=True)
+    return checkpoint_key(train=data.train, val=data.val, test=data.test)
 
 
 class _Run:
     """A run of lessons; ``failed`` has the numbers of those that did not reach their end."""
 
-    def __init__(self, values: dict[str, dict], folder: Path, timeout: int, jobs: int, store: bool):
+    def __init__(self, values: dict[str, dict], data: dict, folder: Path, timeout: int, jobs: int, store: bool):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.values, self.folder, self.timeout, self.jobs, self.store = values, folder, timeout, jobs, store
+        self.values, self.data, self.folder, self.timeout = values, data, folder, timeout
+        self.jobs, self.store = jobs, store
         self.signal, self.failed, self.processes, self.lock = 0, set(), [], threading.Lock()
         label = TextColumn("{task.description}", markup=False)
         columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -188,7 +190,8 @@ class _Run:
         if failure:
             self.failed.add(lesson.number)
             self._say(f"FAILED {label} after {seconds} s, {failure}")
-            if executed.is_file():
+            with contextlib.suppress(CourseError):
+                read_notebook(executed)  # it may not be there, or be torn, as by a full disk
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 self._say(f"  kept as {shown_path(write_file(kept, executed.read_bytes()))}")
             return
@@ -214,7 +217,7 @@ class _Run:
         changed = {n: v for n, v in self.values[lesson.number].items() if v != lesson.parameters[n]}
         job = {"scratch": str(scratch), "cwd": str(lesson.path.parent), "parameters": changed, "timeout": self.timeout}
         write_kernel(scratch)  # whatever kernel the name python3 leads to here, a lesson gets this interpreter
-        (scratch / "source.ipynb").write_text(json.dumps({**lesson.notebook, "cells": cells}), encoding="utf-8")
+        write_file(scratch / "source.ipynb", json.dumps({**lesson.notebook, "cells": cells}).encode())
         with self.lock, open(scratch / "log", "wb") as log:
             if self.signal:
                 return "interrupted"
@@ -240,7 +243,9 @@ class _Run:
         """A hash of all that decides what comes out."""
         decides = ("methods", "evidence", "lab", "files.py", "gate.py")
         library = source_hash(*(LIBRARY / name for name in decides))
-        parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), self.values[lesson.number], library]
+        values, found = self.values[lesson.number], [name for name in lesson.extras if find_spec(name)]
+        parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), values, library, found]
+        parts.append(self.data.get(values.get("dataset")))
         return hashlib.sha256(repr([*parts, platform.python_version(), version("torch")]).encode()).hexdigest()
 
     def _say(self, text: str) -> None:
@@ -308,7 +313,8 @@ def _clean(notebook: dict[str, Any], store: bool) -> list[str]:
                 dropped.append(f"  cell {position} wrote to stderr, which is not stored: {first}")
             if output.get("name") == "stderr" or WIDGET in output.get("data", ()):
                 cell["outputs"].remove(output)
-        if store and cell["metadata"].get("jupyter", {}).get("outputs_hidden") and cell["outputs"]:
+        folded = store and cell.get("outputs") and cell["metadata"].get("jupyter")
+        if isinstance(folded, dict) and folded.get("outputs_hidden"):
             cell["outputs"].insert(0, {"output_type": "display_data", "data": dict(FOLDED), "metadata": {}})
     return dropped
 

@@ -15,7 +15,9 @@ import torch
 from small_lessons import MIME, claim, course, outputs_of, show_claims_source, write_notebook
 
 from course_lib.classroom import reports, runner
+from course_lib.classroom.lessons import find_lessons
 from course_lib.evidence import claims
+from course_lib.lab.data import Split
 
 GOOD = """\
 import json, os, sys, tempfile
@@ -137,6 +139,46 @@ def test_resume_skips_what_is_as_it_was_made(run, notebooks, todo, monkeypatch):
     path.write_text(path.read_text().replace("99.9", "97.8"))
 
 
+def data_set(images, classes=10):
+    labels = (torch.arange(images) % classes).split([images - 20, 20])
+    train, val = (Split(torch.zeros(len(part), 1, 8, 8), part) for part in labels)
+    return SimpleNamespace(train=train, val=val, test=val, num_classes=10, class_names="0123456789")
+
+
+def test_other_data_and_another_extra_make_another_result(tmp_path, monkeypatch):
+    write_notebook(tmp_path / "n" / "01_a.ipynb", extras=["json", "no_such_module"])
+    (lesson,) = (found.read() for found in find_lessons(tmp_path / "n"))
+
+    def key(images):
+        monkeypatch.setattr("course_lib.lab.data.load_dataset", lambda name: data_set(images))
+        data = {"mnist": runner.check_data("mnist")}
+        return runner._Run({"01": {"dataset": "mnist"}}, data, tmp_path, 1, 1, False)._key(lesson)
+
+    keys = [key(1000), key(1000)]
+    monkeypatch.setattr(runner, "find_spec", lambda name: name)
+    keys += [key(1000), key(1010)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_a_torn_result_is_not_kept(tmp_path, monkeypatch):
+    def no_space(self, lesson, label, scratch):
+        scratch.mkdir()
+        (scratch / "executed.ipynb").write_text('{"cells": [')
+        return "OSError: no space left on device"
+
+    monkeypatch.setattr(runner._Run, "_process", no_space)
+    write_notebook(tmp_path / "n" / "01_a.ipynb")
+    code, text, _ = course("run", "--notebooks", tmp_path / "n", "--output", tmp_path / "out")
+    assert (code, "no space left" in text, (tmp_path / "out").exists()) == (1, True, False)
+
+
+def test_a_data_set_that_a_lesson_names_wrongly_is_one_sentence(tmp_path):
+    write_notebook(tmp_path / "n" / "01_a.ipynb", parameters='dataset: str = "MNIST"')
+    code, _, errors = course("run", "--notebooks", tmp_path / "n")
+    assert (code, "unknown data set 'MNIST'" in errors, errors.count("\n")) == (2, True, 1)
+
+
 def test_a_lesson_edited_during_a_run_is_executed_as_it_was_checked(tmp_path, todo, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(runner, "source_hash", lambda *sources: "one library")
@@ -196,9 +238,7 @@ def test_mistakes_are_one_sentence_before_a_kernel_starts(notebooks, arguments, 
 def test_a_small_data_set_is_told_or_refused_before_anything_runs(
     images, classes, code, text, todo, notebooks, monkeypatch
 ):
-    train, val = (SimpleNamespace(labels=part) for part in (torch.arange(images) % classes).split([images - 20, 20]))
-    data = SimpleNamespace(train=train, val=val, num_classes=10, class_names="0123456789")
-    monkeypatch.setattr("course_lib.lab.data.load_dataset", lambda name: data)
+    monkeypatch.setattr("course_lib.lab.data.load_dataset", lambda name: data_set(images, classes))
     told = course("run", "01", "--notebooks", notebooks, "--dataset", "mnist")
     assert (told[0], todo) == (code, [] if code else ["01"])
     said = "".join(told[1:]).splitlines()
@@ -245,6 +285,8 @@ def test_the_line_that_jupyterlab_shows_of_a_folded_answer_does_not_give_it_away
     path = write_notebook(tmp_path / "notebooks" / "01_a.ipynb", "print('the answer is 8 %')")
     notebook = json.loads(path.read_text())
     notebook["cells"][2]["metadata"]["jupyter"] = {"outputs_hidden": True}
+    notebook["cells"][1]["metadata"]["jupyter"] = None
+    notebook["cells"][0]["metadata"]["jupyter"] = {"outputs_hidden": True}  # of prose, which has none
     path.write_text(json.dumps(notebook))
     for _ in range(2):  # stored once more, nothing piles up
         assert course("run", "--notebooks", path.parent, "--store")[0] == 0
