@@ -4,8 +4,10 @@ The work may be done by processes of this machine (the default), by threads, or 
 ``dask.distributed.Client(...).get_executor()``. Each finished cell is a file of its own, named by its content.
 """
 
+import contextlib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import multiprocessing
@@ -70,8 +72,11 @@ def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -
     >>> [(t.method, t.level, t.seed) for t in make_grid({"dense": [None], "int": [8, 4]}, seeds=[0])]
     [('dense', None, 0), ('int', 8, 0), ('int', 4, 0)]
     """
-    if not isinstance(levels, Mapping) or any(isinstance(given, str) for given in levels.values()):
-        raise TypeError(f"levels must map each method to a list of its levels, got {levels!r}")
+    lists = list(levels.values()) if isinstance(levels, Mapping) else [None]
+    if any(isinstance(given, str) or not isinstance(given, Iterable) for given in lists):
+        raise TypeError(f"levels must map each method to a list of its levels ([None] if it has none), got {levels!r}")
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds must be a list of integers or a range, got {seeds!r}")
     pairs = [(method, level) for method, given in levels.items() for level in given]
     grid = [Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, list(seeds))]
     _by_key(grid)
@@ -107,15 +112,16 @@ def run_study(
         hint = "; for dask, pass Client(...).get_executor()" if hasattr(executor, "get_executor") else ""
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}{hint}")
     if executor is None or isinstance(executor, ProcessPoolExecutor):
-        _check_importable(work)
+        _check_importable(work, *trials.values())
     if folder is not None:
         salt, kept = _identity(work, version), Path(folder) / file_word(name)
         kept.mkdir(parents=True, exist_ok=True)
         paths = {key: kept / f"{hashlib.sha256(f'{key} {salt}'.encode()).hexdigest()}.json" for key in trials}
         rows = {key: row for key, path in paths.items() if (row := _read(path)) and row["error"] is None}
     missing = {key: trial for key, trial in trials.items() if key not in rows}
-    with progress_bar(len(missing), progress, "cells") as advance:
-        for key, row in _measured(missing, work, executor, workers):
+    measured = _measured(missing, work, executor, workers)
+    with contextlib.closing(measured), progress_bar(len(missing), progress, "cells") as advance:
+        for key, row in measured:
             if paths:
                 write_file(paths[key], json.dumps({"trial": str(trials[key]), **row}).encode())
             rows[key] = row
@@ -158,6 +164,8 @@ def _measured(trials: dict[str, Trial], work: Callable, given: Executor | None, 
             else:
                 yield flying[future], _row(future)
     finally:
+        for future in flying:
+            future.cancel()  # a pool that was given would go on
         if pool is not given:
             pool.shutdown(cancel_futures=True)
     while lost:  # who is to blame is seen where each is alone
@@ -213,14 +221,20 @@ def _plain(value: object) -> object:
     return value.tolist()
 
 
-def _check_importable(work: Callable) -> None:
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: object):
+        if getattr(value, "__module__", "") == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            raise ValueError(f"{name} was written in a notebook or at the prompt")
+        return NotImplemented
+
+
+def _check_importable(work: Callable, *trials: Trial) -> None:
     try:
-        if getattr(work, "__module__", "") == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
-            raise ValueError("it was written in a notebook or at the prompt")
-        pickle.dumps(work)
+        _Pickler(io.BytesIO()).dump((work, trials))
     except Exception as error:
         cure = "move it to the top of a .py file, or pass a ThreadPoolExecutor"
-        raise ValueError(f"worker processes cannot import work {work!r}: {error}; {cure}") from None
+        raise ValueError(f"worker processes cannot import work {work!r} or its trials: {error}; {cure}") from None
 
 
 def _identity(work: Callable, version: str) -> str:

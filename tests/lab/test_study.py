@@ -85,11 +85,16 @@ def test_a_grid_is_every_level_with_every_seed():
     for levels, message in (
         ({}, "grid is empty"),
         ({"a": "word"}, "levels must map"),
+        ({"a": None}, "list of its levels"),
+        ({"a": 0.5}, "list of its levels"),
         (["a"], "levels must map"),
         ({"a": [1, 1.0]}, "a cell twice"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             make_grid(levels, [0])
+
+    with pytest.raises(TypeError, match="seeds must be a list of integers or a range, got 3"):
+        make_grid({"a": [1]}, 3)
 
 
 # Rows
@@ -193,7 +198,28 @@ def test_rows_are_kept_under_the_source_of_the_work(tmp_path, threads, monkeypat
     assert run_study(grid, threads, work=lambda t: {"x": held}).x.tolist() == [3]
 
 
+def test_who_stops_a_study_on_a_given_executor_stops_what_is_queued(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+
+    def interrupted(future):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("course_lib.lab.study._row", interrupted)
+    with ThreadPoolExecutor(1) as given, pytest.raises(KeyboardInterrupt) as stopped:
+        run_study(make_grid({"m": [1]}, range(20), log=str(log), pause=0.05), given, work=study_cells.logged)
+    assert stopped.tb is not None
+    assert len(lines(log)) < 9
+
+
 # Workers
+
+
+def test_what_a_notebook_defines_is_refused_before_a_worker_dies_of_it(monkeypatch):
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    monkeypatch.setattr(Other, "__module__", "__main__")
+    for grid in (make_grid({"m": [(1, Other(8))]}, [0]), make_grid({"m": [1]}, [0], how=Other(8))):
+        with pytest.raises(ValueError, match="Other was written in a notebook"):
+            run_study(grid, work=study_cells.quick)
 
 
 def test_workers_have_one_thread_and_our_environment(monkeypatch):
