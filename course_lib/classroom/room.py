@@ -77,8 +77,13 @@ def _once(learners: int) -> Iterator[Finding]:
     told, mend = "only the digits, which are installed; COURSE_DATA names a folder for more", ""
     if data := os.environ.get("COURSE_DATA"):
         told = f"COURSE_DATA is {data}"
-        closed = [path for path in _files(Path(data).expanduser()) if not path.stat().st_mode & 0o004]
-        mend = f"chmod -R a+rX {data}: others cannot read {closed[0].name}" if closed else ""
+        folder = Path(data).expanduser().absolute()
+        modes = {path: path.stat().st_mode for path in (*folder.rglob("*"), folder, *folder.parents) if path.exists()}
+        closed = [path for path, mode in modes.items() if not mode & (0o001 if path.is_dir() else 0o004)]
+        if closed and closed[0].is_relative_to(folder):
+            mend = f"chmod -R a+rX {data}: others cannot read {closed[0].name}"
+        elif closed:
+            mend = f"chmod a+x {closed[0]}: others cannot enter it"
     yield found("data", told, mend)
     cache = cache_folder("checkpoints")
     told = "" if os.environ.get("COURSE_CACHE") else "; COURSE_CACHE names one cache for all"

@@ -44,7 +44,9 @@ def update_copy(notebooks: Path, work: Path) -> list[str]:
                 _put(target, data)
             copied[place] = new
         elif copied.get(place) != new:
-            again = f'make fresh FILES="{place.removesuffix(".ipynb")}"'
+            word, own = place.removesuffix(".ipynb"), work.resolve() == notebooks.resolve().with_name("work")
+            other = f"python -m course_lib fresh {word} --work {shown_path(work)}"  # make knows only work/
+            again = f'make fresh FILES="{word}"' if own else other
             told.append(f"{shown_path(target)} is as you left it, and there is a newer one: {again} fetches that")
     _put(work / COPIED, json.dumps(copied, indent=1).encode())
     return told
@@ -146,4 +148,7 @@ def _named(words: Sequence[str], notebooks: Path, sources: dict[str, bytes], wor
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise CourseError(f"{question} There is no terminal to ask at: --yes says so beforehand")
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False

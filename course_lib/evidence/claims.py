@@ -1,6 +1,7 @@
 """The claims ledger: a lesson's sentences that carry a number, each with what was measured and whether it holds."""
 
 import html
+import math
 from dataclasses import asdict, dataclass, field
 
 from course_lib.evidence.statistics import Verdict
@@ -97,7 +98,7 @@ class Ledger:
             parts = tuple(
                 dict(value=i.mean, low=i.low, high=i.high, n=i.n, relation=relation, bound=bound, unit=i.unit)
                 for i, relation, bound in holds.parts
-                if i.mean == i.mean  # not a number: an optional tool is not installed
+                if all(map(math.isfinite, (i.mean, i.low, i.high, bound)))  # no JSON; NaN: a tool is not installed
             )
             measured = holds.measured if measured is None else measured
             truth = bool(holds)

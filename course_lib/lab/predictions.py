@@ -72,8 +72,11 @@ def ask(question: str, options: str = "abc") -> None:
     button, said = widgets.Button(description="keep", layout=whole), widgets.Label("an answer is optional")
 
     def clicked(_) -> None:
-        keep(question, option.value, sure.value / 100)
-        said.value = f"kept: {option.value}, {sure.value} % sure"
+        try:
+            keep(question, option.value, sure.value / 100)
+            said.value = f"kept: {option.value}, {sure.value} % sure"
+        except OSError as error:
+            said.value = f"not kept: {error}"
 
     button.on_click(clicked)
     display(widgets.HBox([option, sure, button, said], layout={"flex_flow": "row wrap"}))

@@ -67,11 +67,16 @@ def test_where_nothing_is_remembered_everything_is_the_readers(folders):
     (work / ".course" / "copied.json").write_text("torn {")
     assert len(update_copy(source, work)) == 1
     assert (work / SECOND).read_bytes() == mine
+    write_notebook(work.with_name("elsewhere") / SECOND, "mine")
+    (line,) = update_copy(source, work.with_name("elsewhere"))
+    assert f"python -m course_lib fresh 02_pruning/1_which_weights --work {work.with_name('elsewhere')} f" in line
 
 
 def test_fresh_asks_and_keeps_what_was_there(folders, monkeypatch):
     source, work = folders
     update_copy(source, work)
+    write_notebook(work / SECOND, "mine")
+    assert "left as it is" in fresh(folders, "02", answer="", monkeypatch=monkeypatch)[1], "Ctrl-D is no"
     for count in ("", "1"):
         write_notebook(work / SECOND, f"mine{count}")
         mine, theirs = (work / SECOND).read_bytes(), (source / SECOND).read_bytes()

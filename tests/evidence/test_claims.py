@@ -24,6 +24,12 @@ def test_a_claim_stores_its_numbers_and_shows_itself():
     assert data["text/plain"] == "✓ A < B & C. [2.0 ± 2.5 points, 4×]"
 
 
+def test_what_is_not_finite_is_no_part():
+    least = -float("inf")
+    made = Ledger("07").claim("07.a", "Endless.", (exactly(-least) > 3) & (GAIN > -1) & (least < GAIN))
+    assert (made.holds, [part["bound"] for part in made.parts]) == (True, [-1.0])
+
+
 def test_an_undecided_claim_does_not_hold():
     made = Ledger("07").claim("07.a", "It gains.", GAIN > 0, expected="a gain (somebody 2015)")
     assert (made.holds, made.verdict, made.status) == (False, "undecided", "fails")

@@ -1,5 +1,6 @@
 """The book and the slides, written as `make book slides` does, read as files and in a headless Chromium."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -195,6 +196,17 @@ def test_a_deck_shows_pictures_and_claims_and_keeps_the_prose_for_the_speaker(sl
     assert shown.count("class='claim'") == len(claims_of([lesson.path]))
     assert len(re.sub("<[^>]+>", "", "".join(spoken))) > 1000
     assert not re.search(r'(src|href)="https?:', shown)
+
+
+def test_prose_before_the_first_heading_has_a_slide_of_its_own():
+    pytest.importorskip("mdit_py_plugins", reason="the book's tools are not installed: make setup-dev")
+    spec = importlib.util.spec_from_file_location("slides", ROOT / "docs" / "book" / "slides.py")
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    cells = [{"cell_type": "markdown", "source": "Before.\n\n# Heading\n\nAfter."}]
+    assert [slide.notes for slide in made.slides_of({"cells": cells}, "T")] == [
+        ["<p>Before.</p>\n"],
+        ["<p>After.</p>\n"],
+    ]
 
 
 def test_a_deck_runs_in_the_browser(slides, tab):

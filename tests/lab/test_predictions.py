@@ -66,5 +66,8 @@ def test_a_box_is_shown_to_a_person_only(monkeypatch):
     button.click()
     assert kept() == {"02.1-1": ("d", 0.8)}
     assert said.value == "kept: d, 80 % sure"
+    monkeypatch.setattr(predictions, "write_file", lambda *given: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    button.click()
+    assert said.value == "not kept: [Errno 30] Read-only"
     with pytest.raises(KeyError):
         predictions.ask("99.9-1")
