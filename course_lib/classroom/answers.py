@@ -35,7 +35,7 @@ class Task:
     says: str  # what was tried, for the line of a right answer
     # cases(rng) gives the argument tuples to try, new ones at every call, the plainest first
     cases: Callable[[np.random.Generator], Iterable[tuple]] = lambda rng: ()
-    # sentence -> wrong answer: a function, or keywords that make `answer` wrong, on at least one case; or a list of them
+    # sentence -> an answer that is wrong on at least one case: a function, keywords that make `answer` wrong, or a list
     wrong: Mapping[str, Callable | Mapping[str, Any] | list] = field(default_factory=dict)
     tolerance: float = 1e-4  # of real numbers, as a share of the largest of them
     slack: float = 1e-6  # and beside that
@@ -45,8 +45,8 @@ class Task:
 
     def wrong_answers(self) -> list[tuple[str, Callable]]:
         """Pairs (sentence, wrong answer as a function)."""
-        pairs = [(told, f) for told, wrong in self.wrong.items() for f in (wrong if isinstance(wrong, list) else [wrong])]
-        return [(told, fault if callable(fault) else partial(self.answer, **fault)) for told, fault in pairs]
+        lists = ((told, wrong if isinstance(wrong, list) else [wrong]) for told, wrong in self.wrong.items())
+        return [(told, f if callable(f) else partial(self.answer, **f)) for told, faults in lists for f in faults]
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,8 @@ def _kind(value: Any) -> str:
         value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
-        return f"a{'n' * name.startswith('i')} {name} tensor of shape {list(value.shape)}" if value.dim() else _shown(value.item())
+        name = f"an {name}" if name.startswith("i") else f"a {name}"
+        return f"{name} tensor of shape {list(value.shape)}" if value.dim() else _shown(value.item())
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return _shown(value) if value is None or isinstance(value, (bool, Real)) else f"a {type(value).__name__}"

@@ -46,6 +46,22 @@ def _totals(rng):
         yield int(rng.integers(-3000, 3000)), int(rng.integers(2**30, 2**31)), 36, int(rng.integers(20, 200))
 
 
+def _halves(total, multiplier, shift, add=(1, 1), kept=0):
+    def rounded(x, places, half=1):
+        return (x + half * (1 << places >> 1)) >> places
+
+    product = total * multiplier
+    upper = rounded(product, 31, add[0])
+    return rounded(product, shift), rounded(upper + kept * (1 << shift >> 1), shift - 31, add[1])
+
+
+def _apart(rng):
+    """Halves of 3, 7, -5 and 4, to be divided by 4; then any."""
+    yield from ((total, 2**30, 33) for total in (3, 7, -5, 4))
+    for shift in (33, 34, 37):
+        yield int(rng.integers(-30_000, 30_000)), int(rng.integers(2**30, 2**31)), shift
+
+
 def _overflow(weights, inputs, bias, bits, low=True, most=lambda bits: 2 ** (bits - 1) - 1, count=0, last=0, start=1):
     total, top = start * bias, most(bits)
     for i, (w, x) in enumerate(zip(weights, inputs, strict=True)):
@@ -68,9 +84,10 @@ def _products(rng):
     yield weights, rng.integers(120, 256, 6).tolist(), 0, 16
 
 
-def _bits(weights, bias, top, widths=(8, 16, 32, 64), signed=1, parts=(max, min), base=1):
+def _bits(weights, bias, top, widths=(8, 16, 32, 64), signed=1, parts=(max, min), base=1, most=0):
     ends = [base * bias + top * sum(part(w, 0) for w in weights) for part in parts]
-    return next(b for b in widths if all(-(2 ** (b - signed)) <= end < 2 ** (b - signed) for end in [*ends, bias]))
+    fits = (b for b in widths if all(-(2 ** (b - signed)) <= end < 2 ** (b - signed) + most for end in ends))
+    return next(fits, widths[-1])
 
 
 def _rows(rng):
@@ -82,6 +99,9 @@ def _rows(rng):
     yield [1], 32_700, 100
     yield [3], 1, 42  # 127
     yield [-1], 0, 128
+    yield [1], 0, 128
+    yield [100, -100], 0, 255
+    yield [1], 2**31 - 1, 1
     yield [90], 0, 2
     yield rng.integers(1, 128, 600).tolist(), 0, 255
 
@@ -89,26 +109,27 @@ def _rows(rng):
 # --- the widest CNN ---------------------------------------------------------------------------------------------------
 
 
-def _widest(ram, stack, turns=2, bytes_each=1, use_stack=True, extra=0, image=64):
+def _widest(ram, stack, turns=2, bytes_each=1, use_stack=True, extra=0, image=64, spare=0):
     def need(c):
         first, second = (image, 16 * c, 8 * c), (64 * c, 32 * c)  # what lies in the one array and in the other
         arrays = {1: max(first + second), 2: max(first) + max(second), 5: sum(first + second)}[turns]
         return bytes_each * arrays + (stack if use_stack else 0)
 
     c = 1
-    while need(c + 1) <= ram:
+    while need(c + 1) <= ram - spare:
         c += 1
     return c + extra
 
 
 _WIDEST = Task("widest_cnn", _widest, "a whole number", "",
-    lambda rng: [(2048, 160), (4096, 300), (1024, 150), (410, 160), (int(rng.integers(5000, 9000)), 160)], {
+    lambda rng: [(2048, 160), (4096, 300), (1024, 150), (410, 160), (560, 160), (int(rng.integers(5000, 9000)), 160)], {
     "That is room for the larger array alone: a step reads one and writes the other.": dict(turns=1),
     "That adds all five arrays; two take turns, each as large as the largest that it has to hold.": dict(turns=5),
     "The stack is forgotten.": dict(use_stack=False),
     "That counts 4 bytes a number; here each has one.": dict(bytes_each=4),
     "One too many: that is the first width that does not fit.": dict(extra=1),
     "One more fits.": dict(extra=-1),
+    "What needs exactly `ram` bytes fits.": dict(spare=1),
     "The image is forgotten: its 64 bytes lie in the first array.": dict(image=0),
 })  # fmt: skip
 
@@ -172,7 +193,7 @@ _CHAPTER_07 = [
          _totals, {
         "That rounds down: add half of 2^shift before you shift.": dict(half=0),
         "That cuts towards zero, as C's `/` does; `>>` goes down, also below zero.": dict(cut=True),
-        "The zero point is not added.": dict(point=0),
+        "The zero point is not added, or added before the shift, where it vanishes.": dict(point=0),
         "You clip before the zero point is added; clip last.": dict(first=True),
         "A number that does not fit wraps round: clip to 0 … 255.": dict(wrap=True),
         "A float has 53 bits, and the product can have 62: stay with whole numbers.": dict(
@@ -191,14 +212,26 @@ _CHAPTER_07 = [
     }),
     Task("bits_needed", _bits, "8, 16, 32 or 64", "rows that cancel, that do not, and that fit exactly.", _rows, {
         "Products may cancel in the end and be too large on the way: add the positive ones alone.":
-            dict(parts=(lambda w, zero: w, lambda w, zero: w)),
+            dict(parts=(lambda w, zero: w,)),
+        "Magnitudes are added: positive and negative products pull to opposite sides, take each side for itself.":
+            dict(parts=(lambda w, zero: abs(w), lambda w, zero: -abs(w))),
         "The negative products alone can be too much as well.": dict(parts=(max,)),
         "The positive products alone can be too much as well.": dict(parts=(min,)),
         "The bias is part of every sum.": dict(base=0),
         "One of the bits is the sign.": dict(signed=0),
+        "2^(bits − 1) itself does not fit any more: the largest number is one less.": dict(most=1),
+        "32 bits are not always enough.": dict(widths=(8, 16, 32)),
         "C has integers of 8, 16, 32 and 64 bits.": dict(widths=range(1, 65)),
     }),
     Task("widest_cnn", _widest, "a whole number", "", judged=_judge_widest),
+    Task("round_twice", _halves, "a pair (once, twice)", "both signs, a tie, sums on which the two agree and do not.",
+         _apart, {
+        "Both are rounded once. (To cut off in the first half comes to the same: add 2^30 before it.)": dict(add=(0, 1)),
+        "The second of the two halves has to round too: add half of what it divides by.": dict(add=(1, 0)),
+        "Neither half rounds: each adds half of what it divides by.": dict(add=(0, 0)),
+        "The second half divides by 2^(shift − 31): add half of that, not of 2^shift.": dict(add=(1, 0), kept=1),
+        "The two are swapped: rounding once comes first.": lambda t, m, n: _halves(t, m, n)[::-1],
+    }),
 ]  # fmt: skip
 
 TASKS = EARLIER | {task.name: task for task in _CHAPTER_07}

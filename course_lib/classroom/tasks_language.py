@@ -13,7 +13,7 @@ __all__ = ["TASKS"]
 
 def _pack(w, top=7, offset=8, swap=False, halves=False, whole=torch.round):
     step = float(w.abs().max()) / top
-    nibbles = (whole(w / step).clamp(-top, top).long() + offset) & 15
+    nibbles = whole(w / step).long() + offset  # unmasked, as a wrong answer leaves them
     low, high = nibbles.view(2, -1) if halves else nibbles.view(-1, 2).T
     low, high = (high, low) if swap else (low, high)
     return (low + 16 * high).to(torch.uint8), step
@@ -56,15 +56,19 @@ def _search(weight, inputs, alphas, order, quantize, size=lambda x: x.abs().mean
     tried = {alpha: error(size(inputs) ** alpha) for alpha in alphas}
     best = min(tried, key=tried.get)
     given = torch.ones(len(order)) if control == "none" else size(inputs) ** best
-    return best, tried[best], error(given if control == "same" else given[order])
+    if control == "least":
+        return best, tried[best], min(error(size(inputs)[order] ** alpha) for alpha in alphas)
+    order = {"same": torch.arange(len(order)), "back": order.argsort()}.get(control, order)
+    return best, tried[best], error(given[order])
 
 
-def _loud_inputs(rng):
+def _loud_inputs(fresh):
     for rows, columns, loud in ((16, 12, 20.0), (8, 24, 50.0), (24, 16, 8.0)):
+        rng = np.random.default_rng(4) if rows == 16 else fresh  # a layer on which luck hides no control
         inputs = draw(rng, 64, columns) * (1 + draw(rng, columns).abs())
         inputs[:, :2] *= loud
         inputs[0, -1] = 40 * loud  # a single giant makes a channel's peak, not its mean
-        order = torch.tensor((np.arange(columns) + columns // 2) % columns)
+        order = torch.tensor((np.arange(columns) + columns // 3) % columns)
         yield draw(rng, rows, columns), inputs, [0.25, 0.5, 0.75], order, round_in_rows
 
 
@@ -73,9 +77,9 @@ def _cache(layers, heads, kv_heads, head_size, tokens, bits, both=2, shared=True
     return numbers * bits // byte
 
 
-def _attend(q, k, v, past_k, past_v, length, own=True, extra=0, causal=True, corner=False, root=True):
+def _attend(q, k, v, past_k, past_v, length, own=True, extra=0, causal=True, corner=False, root=True, rows=0):
     new = len(q)
-    keys, values = (torch.cat([past[: length + extra], part]) for past, part in ((past_k, k), (past_v, v)))
+    keys, values = (torch.cat([past[: rows or length + extra], part]) for past, part in ((past_k, k), (past_v, v)))
     places = torch.arange(len(keys))
     last = torch.arange(new)[:, None] + (0 if corner else length + extra) - (0 if own else 1)
     scores = q @ keys.T / (q.shape[1] ** 0.5 if root else 1)
@@ -84,7 +88,7 @@ def _attend(q, k, v, past_k, past_v, length, own=True, extra=0, causal=True, cor
 
 
 def _conversations(rng):
-    for new, length in ((1, 3), (3, 4), (2, 6), (4, 1)):  # what lies behind `length` is left from an earlier text
+    for new, length in ((1, 3), (3, 4), (2, 6), (4, 1), (2, 0)):  # what lies behind is left from an earlier text
         yield (*(draw(rng, new, 4) for _ in range(3)), *(draw(rng, 10, 4) for _ in range(2)), length)
 
 
@@ -122,15 +126,17 @@ _CHAPTER_08 = [
         "Each layer keeps its own.": dict(deep=False),
         "A key has `head_size` numbers.": dict(wide=False),
     }),
-    Task("cached_attention", _attend, "a tensor of q's shape", "1 to 4 new tokens behind 1 to 6 kept ones.",
+    Task("cached_attention", _attend, "a tensor of q's shape", "1 to 4 new tokens behind none to 6 kept ones.",
          _conversations, {
         "A new token does not see itself: the mask is off by one.": dict(own=False),
         "One row too many is read from the past: row `length` is left from an earlier text.": dict(extra=1),
+        "The whole cache is read: rows from `length` on are left from an earlier text.": [
+            dict(rows=99), lambda *given: _attend(*given[:5], len(given[3]))],
         "A new token sees the ones after it: mask them.": dict(causal=False),
         "The mask forgets the past: new token i stands at place length + i, not i.": dict(corner=True),
         "The scores are not divided by √d.": dict(root=False),
     }),
-    Task("pack_group", _pack, "(packed uint8 tensor, step)", "groups of 2 to 32; a byte holds two neighbours.",
+    Task("pack_group", _pack, "a pair (packed, step)", "groups of 2 to 32; a byte holds two neighbours.",
          lambda rng: [(torch.tensor([0.7, -0.7, 0.15, 0.4]),), (draw(rng, 32),), (5 * draw(rng, 2),), (draw(rng, 8),)],
          {
         "The two of a byte are swapped: the first goes into the low half, `first + 16 * second`.": dict(swap=True),
@@ -143,14 +149,16 @@ _CHAPTER_08 = [
     }),
     Task("gptq_step", _step, "a tensor of w's shape", "1 to 4 rows, the first, a middle and the last column.", _layers,
          {
-        "Column j is rounded, and no other makes up for it. Row j of `factor` says how; its column is 0.": dict(sign=0),
+        "Column j is rounded, and no other makes up for it. Either the error was taken after column j was overwritten "
+        "(it is 0 then), or factor's column was used, not its row.": dict(sign=0),
         "The sign is wrong: the others now make the error larger.": dict(sign=1),
         "The error has to be divided by `factor[j, j]`.": dict(divide=False),
         "Column j itself moves as well, once too often: the correction starts at j + 1.": lambda w, f, j, s: _step(
             w, f, j, s, first=0),
         "That cuts off; it should round.": dict(grid=torch.trunc),
     }),
-    Task("awq_search", _search, "(alpha, error, control)", "3 layers with two loud channels each.", _loud_inputs, {
+    Task("awq_search", _search, "a triple (alpha, error, control)", "3 layers with two loud channels each.",
+         _loud_inputs, {
         "AWQ takes the *mean* magnitude of a channel; a single giant decides yours.": dict(
             size=lambda x: x.abs().amax(0)),
         "The mean of x is near 0 where signs cancel: take magnitudes first.": dict(
@@ -161,8 +169,10 @@ _CHAPTER_08 = [
         "The control has the best scales on *other* channels, `scales[order]`; yours has them in place.": dict(
             control="same"),
         "The control has no scales at all; it is to have the best ones on other channels.": dict(control="none"),
+        "The control looks for a strength of its own; it has the scales of the best one.": dict(control="least"),
+        "The control is `s[order]`; yours goes through `order` the other way round.": dict(control="back"),
     }),
-    Task("best_students", _fits, "two whole numbers", "two modes in three orders, a student with zeros among six.",
+    Task("best_students", _fits, "a pair (forward, reverse)", "two modes in three orders, a student with zeros.",
          _two_modes, {
         "The two are swapped: forward is KL(teacher ‖ student), and comes first.": dict(swap=True),
         "Both are forward: in reverse, the *student's* probabilities weigh the sum.": dict(twice=True),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from course_lib.classroom.answers import Task, with_gradient
 from course_lib.classroom.tasks_sizes import TASKS as EARLIER
@@ -29,13 +30,27 @@ def _softmax(logits, temperature, dim=-1, steady=True, power=-1, after=False):
     return e / e.sum(dim, keepdim=True) * (temperature**power if after else 1)
 
 
+class _ByHand(TorchFunctionMode):
+    """While it lasts, torch's own softmax is refused."""
+
+    def __torch_function__(self, function, types, given=(), named=None):
+        if "softmax" in getattr(function, "__name__", ""):
+            raise NotImplementedError("Write it yourself, without torch.softmax")
+        return function(*given, **(named or {}))
+
+
+def _by_hand(function, *given):
+    with _ByHand():
+        return function(*given)
+
+
 def _soft(student_logits, teacher_logits, temperature, power=2, swap=False, reduction="batchmean", part=None,
-          steady=True, own=True, twice=False):  # fmt: skip
+          steady=True, own=True, twice=False, term=lambda p, log_p, log_q: p * (log_p - log_q)):  # fmt: skip
     student, teacher = (teacher_logits, student_logits) if swap else (student_logits, teacher_logits)
     student = teacher if twice else student
     log_q = _log_softmax(student / (temperature if own else 1), steady)
     log_p = _log_softmax(teacher / temperature, steady)
-    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    each = term(log_p.exp(), log_p, log_q).sum(-1)
     mean = {"batchmean": each.mean(), "mean": each.mean() / student.shape[-1], "sum": each.sum()}
     loss = temperature**power * mean[reduction]
     return part(loss) if part else loss
@@ -43,6 +58,18 @@ def _soft(student_logits, teacher_logits, temperature, power=2, swap=False, redu
 
 def _log_softmax(z, steady):
     return F.log_softmax(z, -1) if steady else F.softmax(z, -1).log()
+
+
+_SOFT_FAULTS = {  # of soft_target_loss, and of the same term in kd_loss
+    "T is missing where T² belongs.": dict(power=1),
+    "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
+    "That is the cross-entropy with soft targets: its gradient is right, but KL is 0 where the two agree; Σ p log p is "
+    "missing.": dict(term=lambda p, log_p, log_q: -p * log_q),
+    "F.kl_div wants the student as logarithms: F.log_softmax, not F.softmax.": dict(
+        term=lambda p, log_p, log_q: p * (log_p - log_q.exp())),
+    "F.kl_div wants the teacher as probabilities, F.softmax (or log_target=True).": dict(
+        term=lambda p, log_p, log_q: log_p * (log_p.log() - log_q)),
+}  # fmt: skip
 
 
 def _logits(rng, large=True):
@@ -72,10 +99,16 @@ def _fit(logits, labels, inverse=False, low=-4.0, high=4.0):
 
 def _answers(rng):
     mixed = torch.tensor([0.4, 5.0]).repeat(200)[:, None]  # where no T is right, other scores than likelihood differ
-    for classes, T in ((10, 2.5), (3, 0.5), (5, mixed)):
+    # The T's to be found lie between the points of grids that are too coarse (below).
+    for classes, T, found in ((10, 2.5, 10 ** (40 / 99)), (3, 0.5, 10 ** (-80 / 99)), (5, mixed, 10 ** (52 / 99))):
         logits = 3 * draw(rng, 400, classes)
         drawn = [rng.choice(classes, p=row / row.sum()) for row in F.softmax(logits.double() / T, 1).numpy()]
-        yield logits, torch.tensor(np.array(drawn))
+        labels = torch.tensor(np.array(drawn))
+        yield logits * found / _fit(logits, labels), labels
+
+
+def _best_of(tried, loss=lambda z, T, labels: F.cross_entropy(z / T, labels)):
+    return lambda logits, labels: min(tried.tolist(), key=lambda T: float(loss(logits, T, labels)))
 
 
 def _ece(probabilities, labels, bins, equal=False, signed=False, of_label=False, last=1, power=1):
@@ -110,19 +143,17 @@ _CHAPTER_04 = [
         "T divides the logits, *before* the exponential; these rows do not add up to 1.": dict(after=True),
         "exp() of a logit of 10,000 is infinite: take the largest of the row away first.": dict(steady=False),
         "The sums run over the images; the classes are the last dimension.": dict(dim=0),
-    }),
+    }, observe=_by_hand),
     Task("soft_target_loss", _soft, "a tensor with a gradient",
          "2 to 10 classes, T from 0.5 to 4, logits of some hundreds; value and gradient.", _logits, {
         "T² is missing.": dict(power=0),
-        "T is missing where T² belongs.": dict(power=1),
         "Teacher and student are swapped: the teacher's probabilities weigh the sum.": dict(swap=True),
         "`mean` divides by the classes as well: sum over classes, mean over images (`batchmean`).": dict(
             reduction="mean"),
         "That is the sum over the images; their mean is asked for.": dict(reduction="sum"),
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
-        "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
         "The value is right, but no gradient reaches the student.": dict(part=lambda loss: loss.item()),
-    }, observe=with_gradient),
+    } | _SOFT_FAULTS, observe=with_gradient),
     Task("t_squared_gradient", _slope, "a tensor of the logits' shape", "2 to 10 classes, 1 to 6 images, T 0.5 to 4.",
          lambda rng: _logits(rng, large=False), {
         "That is the gradient of KL alone: T² is missing.": dict(power=-1),
@@ -137,6 +168,12 @@ _CHAPTER_04 = [
         "That is T = 1, whatever the labels say.": lambda logits, labels: 1.0,
         "T below 1 is never tried: an underconfident network needs it.": dict(low=0.0),
         "The search ends too early: a network may need more than 2.": dict(high=math.log(2)),
+        "These steps are too coarse: two per cent are asked for, also where T is small.": [
+            _best_of(torch.logspace(-1, 1, 100)), *(_best_of(torch.linspace(0.1, 10, n)) for n in (100, 1000))],
+        "`F.cross_entropy` takes logits, softmax is in it: you take it twice.": _best_of(
+            torch.logspace(-1, 1, 1000), lambda z, T, labels: F.cross_entropy(F.softmax(z / T, 1), labels)),
+        "The accuracy is the same at every T, so that is merely the first one tried: maximise the likelihood.":
+            lambda logits, labels: 0.1,
     }, tolerance=0.02),
     Task("ece", _ece, "a number", "1 to 200 images, 5 to 15 bins, empty ones, a confidence of 1.", _sure_and_unsure, {
         "Every bin weighs the same here: weigh it by how many images it holds.": dict(equal=True),
@@ -144,6 +181,7 @@ _CHAPTER_04 = [
         "Confidence is the largest probability, not the one of the right class.": dict(of_label=True),
         "A confidence of exactly 1 falls out of the last bin.": dict(last=0),
         "That adds squares of the gaps.": dict(power=2),
+        "An empty bin has no mean: 0 / 0 is NaN. Leave it out.": lambda probabilities, labels, bins: math.nan,
     }),
 ]  # fmt: skip
 
@@ -179,23 +217,23 @@ def _diagnose(loss, always=None, T=2.0):
     return always or min(found, key=lambda name: abs(found[name] - float(loss(student, teacher, T))))
 
 
-def _hint(student, teacher, adapter, join=torch.mean, flip=False, power=2, adapt=lambda a: a):
-    adapter = adapt(adapter)
-    fits = flip and adapter.shape[0] == adapter.shape[1]
-    return join((student @ (adapter if fits else adapter.T) - teacher).abs() ** power)
+def _hint(student, teacher, adapter, join=torch.mean, power=2, adapt=lambda a: a):
+    return join((student @ adapt(adapter).T - teacher).abs() ** power)
 
 
-def _maps(student, teacher, energy=torch.square, length=2, dim=1, each=torch.sum):
+def _maps(student, teacher, energy=torch.square, length=2, dim=1, each=torch.sum, normalize=F.normalize):
     maps = [energy(f).mean(1).flatten(1) for f in (student, teacher)]
-    student, teacher = (F.normalize(m, p=length, dim=dim) if length else m for m in maps)
+    student, teacher = (normalize(m, p=length, dim=dim) if length else m for m in maps)
     return each((student - teacher) ** 2, dim=1).mean()
 
 
 def _features(rng):
     for images, channels, more, height, width in ((2, 3, 5, 4, 4), (1, 4, 4, 2, 3), (5, 2, 8, 3, 3)):
         teacher = 2 * draw(rng, images, more, height, width)
-        teacher[1:2] *= images != 5  # an image on which the teacher is dead
-        yield draw(rng, images, channels, height, width), teacher
+        student = draw(rng, images, channels, height, width)
+        teacher[1:2] *= images != 5  # an image on which the teacher is dead, and one on which the student is
+        student[3:4] *= images != 5
+        yield student, teacher
 
 
 def _budget(taught, alone, margin, paired=True, by="low", order=sorted):
@@ -235,7 +273,7 @@ _CHAPTER_05 = [
         "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
         "The labels' term is not weighed.": lambda s, t, y, T, a: F.cross_entropy(s, y) + a * _soft(s, t, T),
         "The value is right, but no gradient reaches the student.": lambda *given: _kd(*given).item(),
-    }, observe=with_gradient),
+    } | _SOFT_FAULTS, observe=with_gradient),
     Task("find_the_bug", _diagnose, "one of the five names", "one sound loss and four with a bug each, told apart.",
          lambda rng: [(list(_BUGS.values())[i],) for i in (0, *(1 + rng.permutation(4)).tolist())], {
         "You call every one sound.": dict(always="none"),
@@ -246,13 +284,14 @@ _CHAPTER_05 = [
         "That is the sum; the mean over images and features is asked for.": dict(join=torch.sum),
         "The paper halves it; here the mean is asked for, without a half.": dict(join=lambda e: e.mean() / 2),
         "That is the mean over features of the *sum* over images.": dict(join=lambda e: e.mean(1).sum()),
-        "The adapter is turned round: it is [teacher's, student's], as in nn.Linear.": dict(flip=True),
+        "The adapter is turned round: it is [teacher's, student's], as in nn.Linear.": dict(
+            adapt=lambda a: a.T),
         "These are magnitudes; squares are asked for.": dict(power=1),
         "The value is right, but the adapter gets no gradient: it is to be trained too.": dict(
             adapt=lambda a: a.detach()),
     }, observe=partial(with_gradient, at=(0, 2))),
     Task("attention_map_loss", _maps, "a tensor with a gradient",
-         "other numbers of channels, one image, a dead teacher; value and gradient.", _features,
+         "other numbers of channels, one image, a dead teacher, a dead student; value and gradient.", _features,
          {
         "The maps are not scaled to length 1: a louder network is not a better one.": dict(length=0),
         "The maps are scaled to sum 1; length 1 is asked for, the root of the sum of squares.": dict(length=1),
@@ -260,6 +299,9 @@ _CHAPTER_05 = [
         "Channels are averaged with their signs and cancel: square them first.": dict(energy=torch.clone),
         "These are magnitudes; squares are asked for.": dict(energy=torch.abs),
         "That is the mean over the positions; their sum is asked for.": dict(each=torch.mean),
+        "Where the student is dead the value is 0, its gradient NaN (0 / 0, or the root of 0): divide by a safe "
+        "number, do not repair afterwards.": dict(
+            normalize=lambda m, p, dim: (m / m.norm(dim=dim, keepdim=True)).nan_to_num()),
     }, observe=with_gradient),
     Task("label_budget", _budget, "a number of labels, or None", "budgets that suffice, and that do not.", _score_rows,
          {
@@ -300,26 +342,21 @@ def _candidates(rng):
         yield [rows[i] for i in rng.permutation(5)], budget
 
 
-def _lost(labels, before, after, rate=True, sign=1, start=1):
-    classes = labels.unique().tolist()
-    gone = [(start * (before == labels).float() - (after == labels).float())[labels == c] for c in classes]
-    drops = [sign * float(g.mean() if rate else g.sum()) for g in gone]
-    return classes[drops.index(max(drops))]
-
-
-_WRONG = ((100, 5, 3), (110, 19, 3), (0, 12, 1))  # first image, how many, what is said of them
+def _lost(labels, before, after, hit=lambda was, now: was.mean() - now.mean(), truth=0, among=(0, 0), gaps=False,
+          worst=lambda falls: falls.index(max(falls))):  # fmt: skip
+    given = labels, before, after
+    was, now = (before == given[truth]).double(), (after == given[truth]).double()
+    classes = range(int(labels.max()) + 1) if gaps else labels.unique().tolist()
+    return classes[worst([float(hit(was[given[among[0]] == c], now[given[among[1]] == c])) for c in classes])]
 
 
 def _said(rng):
-    """Class 1 loses half of its few images, class 0 more images but a smaller share, class 2 was bad before."""
-    for shift in (0, 3):
-        labels = torch.repeat_interleave(torch.tensor([0, 1, 2, 4]) + shift, torch.tensor([100, 10, 20, 30]))
-        before, after = labels.clone(), labels.clone()
-        before[110:126], before[130:139] = 3 + shift, shift
-        for first, count, said in _WRONG:
-            after[first : first + count] = said + shift
-        order = torch.tensor(rng.permutation(len(labels)))
-        yield labels[order], before[order], after[order]
+    """Class 1 loses most, 0 the most images, 4 most of what it had; 2 is bad and restless, 5 gains, 3 has no image."""
+    few, rows = ("447799999", "497799977", "947449474"), ("00011222444555", "00111200440500", "05114240400550")
+    few, rows = (torch.tensor([[int(c) for c in answers] for answers in each]) for each in (few, rows))
+    yield tuple(few)
+    images = torch.tensor([82, 13, 5, 6, 4, 1, 16, 3, 3, 9, 18, 4, 5, 1])
+    yield tuple((rows.repeat_interleave(images, 1) + int(rng.integers(3)))[:, torch.tensor(rng.permutation(170))])
 
 
 @cache
@@ -387,6 +424,8 @@ _CHAPTER_06 = [
         "That is the front for costs of which more is better.": dict(sign=-1),
         "Only the best gain of all is left: a cheaper point with less gain is worth having too.": dict(
             better=lambda c, g: g > 0),
+        "No point is left: each is compared with itself too, which costs no more and gains no less.": lambda c, g: (
+            [False] * len(c)),
     }),
     Task("best_under_budget", _best, "a name, or None", "budgets for all, for none, and met exactly.", _candidates, {
         "That chooses on test images; a choice is made on validation.": dict(key=lambda m: m["test"]),
@@ -396,9 +435,20 @@ _CHAPTER_06 = [
         "That is the largest model that fits, not the best.": dict(key=lambda m: m["bytes"]),
     }),
     Task("worst_hit_class", _lost, "a class, a whole number", "classes of all sizes, one that gains.", _said, {
-        "That is the class that lost most *images*; take shares, classes differ in size.": dict(rate=False),
-        "That is the class with the worst accuracy afterwards; it was as bad before.": dict(start=0),
-        "That is the class that gained most.": dict(sign=-1),
+        "That is the class that lost most *images*; take shares, classes differ in size.": dict(
+            hit=lambda was, now: was.sum() - now.sum()),
+        "That is the class with the worst accuracy afterwards; it was as bad before.": dict(
+            hit=lambda was, now: -now.mean()),
+        "That is the class that gained most.": dict(hit=lambda was, now: now.mean() - was.mean()),
+        "That is the largest change in either direction: a class that gained is not hit.": dict(
+            hit=lambda was, now: (was.mean() - now.mean()).abs()),
+        "That is the fall as a share of what the class had; before minus after is asked for, in points.": dict(
+            hit=lambda was, now: 1 - now.mean() / was.mean()),
+        "Most *changed* answers, that is churn: from wrong to otherwise wrong nothing is lost.": dict(truth=1),
+        "You take the images that were *answered* c (precision); take those *labelled* c.": [
+            dict(among=(1, 2)), dict(among=(1, 1))],
+        "A number without images is no class: its accuracy is 0 / 0, NaN. Go through labels.unique().": [
+            dict(gaps=True), dict(gaps=True, worst=np.argmax)],
     }),
     Task("compress_to", lambda model, train, val: model, "a network", "", judged=_judge_compressed),
 ]  # fmt: skip

@@ -39,7 +39,7 @@ def interval(a, b, paired=True, ddof=1, quantile=None, root=True, level=0.95, si
 
 
 def _scores(rng):
-    for seeds in (8, 3, 24):
+    for seeds in (3, 8, 24):
         luck = rng.normal(95, 2, seeds)  # what a seed does to both: pairing takes it out
         a, b = luck + rng.normal(1, 0.3, seeds), luck + rng.normal(0, 0.3, seeds)
         yield (a, b) if seeds > 3 else (a.tolist(), b.tolist())
@@ -72,7 +72,10 @@ _CHAPTER_01 = [
         "The standard deviation of a sample divides by R − 1 (ddof=1), not by R.": dict(ddof=0),
         "That is b − a: the sign is swapped.": dict(sign=-1),
         "2.5 % have to lie on each side: you left 5 % on each.": dict(level=0.9),
-    }),
+        "These are the mean and the half width: the ends are asked for, mean − half and mean + half.": lambda a, b: (
+            np.mean(interval(a, b)), np.ptp(interval(a, b)) / 2),
+        "The ends are swapped: the low one comes first.": lambda a, b: interval(a, b)[::-1],
+    }, slack=1e-3),
     Task("seeds_needed", _seeds, "a whole number", "from 2 seeds to several hundred.",
          lambda rng: [(1.0, 0.5), (1.0, 0.1), (1.0, 1.0), (1.0, 2.0), (0.1, 5.0), (float(rng.uniform(1, 2)), 0.45)], {
         "1.96 is too small for few seeds. Student's t depends on R: try R = 2, 3, 4, …": dict(quantile=1.96),
@@ -154,7 +157,7 @@ def _train(hold, masks, start):
 def _networks(rng):
     for layers in (["fc0"], ["fc0", "fc1"]):
         start = {}
-        for layer in layers:
+        for layer in [*layers, "last"]:
             start |= {f"{layer}.weight": draw(rng, 4, 3), f"{layer}.bias": draw(rng, 4)}
         yield {f"{layer}.weight": draw(rng, 4, 3) > 0.2 for layer in layers}, start
 
@@ -163,6 +166,15 @@ def _cubic(step, steps, final, power=3, most=1, slow=False, left=False):
     done = min(step / steps, most)
     sparsity = final * (done**power if slow else 1 - (1 - done) ** power)
     return 1 - sparsity if left else sparsity
+
+
+def _rewound(initial, trained, sparsity, ranked=lambda i, t: t, values=lambda i, t: i, **fault):
+    return values(initial, trained) * _rank(ranked(initial, trained), sparsity, **fault)
+
+
+def _trainings(rng):
+    yield torch.tensor([0.3, -0.1, 0.2, -0.4]), torch.tensor([0.9, -0.2, 0.1, -0.8]), 0.5
+    yield from ((draw(rng, *trained.shape), trained, sparsity) for trained, sparsity in _weights(rng))
 
 
 def _cut(weight, bias, following, keep, change=lambda w, b, f, k: (w[k], b[k], f[:, k])):
@@ -183,7 +195,7 @@ def _csr(weight, column=2, starts=1, kept=torch.Tensor.bool):
 def _sparse(rng):
     some_rows = draw(rng, 6, 4) * torch.tensor([[1.0], [0.0], [1.0], [0.0], [0.0], [1.0]])
     few = draw(rng, 7, 20) * (draw(rng, 7, 20) > 0.8)
-    return [(torch.tensor([[0.0, 1.5, 0, 0], [0, 0, 0, -2.5]]),), (some_rows,), (torch.zeros(3, 5),), (few,)]
+    return [(torch.tensor([[0.0, 1.5, 0, 1e-9], [0, 0, 0, -2.5]]),), (some_rows,), (torch.zeros(3, 5),), (few,)]
 
 
 def _suspect(told, change=False, **fault):
@@ -247,8 +259,10 @@ _CHAPTER_02 = [
     }, same=_same_magnitudes),
     Task("hold_zeros", _hold, "a function after_step(parameters, step)",
          "8 steps of an optimiser with momentum; what was masked is zero, everything else moved.", _networks, {
-        "Nothing was held at zero. The optimiser moves the tensors that it knows: change these in place (mul_), "
-        "do not put new ones into the dictionary.": dict(change=lambda p, name, mask: None),
+        "Nothing was held at zero: the weights in the dictionary have to change, in place; a new tensor or a masked "
+        "gradient does not do it (momentum).": dict(change=lambda p, name, mask: None),
+        "Not every parameter has a mask, not even every weight: go through the masks.": lambda masks: lambda p, step: [
+            p[name].mul_(masks[name]) for name in p],
         "Upside down: the weights that should stay are zero. True is for what stays.": dict(keep=False),
         "The zeros hold for one step only: after_step is called after every one.": dict(steps=1),
         "Only the first mask is used: there are several layers.": dict(layers=1),
@@ -261,6 +275,16 @@ _CHAPTER_02 = [
         "A square where a cube is asked for.": dict(power=2),
         "It ends at 1, whatever `final` is.": lambda step, steps, final: _cubic(step, steps, 1.0),
         "That is the share that is *left*.": dict(left=True),
+    }),
+    Task("rewound", _rewound, "a tensor of the weight's shape", "both signs, a convolution, shares from 0 to 60 %.",
+         _trainings, {
+        "These are the trained values: a ticket has those that the weights began with.": dict(values=lambda i, t: t),
+        "The mask comes from the end of training: rank the trained weights.": dict(ranked=lambda i, t: i),
+        "Upside down: the weights that should stay are zero.": dict(keep=False),
+        "Magnitudes are ranked: a large negative weight is worth as much.": dict(size=torch.clone),
+        "Each row is ranked by itself; all weights are to be ranked together.": dict(rows=True),
+        "`sparsity` is the share that goes, not what stays.": lambda i, t, sparsity: _rewound(i, t, 1 - sparsity),
+        "Nothing is zero: the values are the initial ones, the mask is missing.": lambda i, t, sparsity: i,
     }),
     Task("cut_neurons", _cut, "a triple (weight, bias, following)",
          "layers of four shapes, with one neuron left up to all.", _neurons, {
@@ -275,7 +299,7 @@ _CHAPTER_02 = [
         "The first layer lost columns, its inputs; its neurons are the rows.": dict(
             change=lambda w, b, f, k: (w[:, k], b[k], f[:, k])),
     }),
-    Task("csr_bytes", _csr, "a whole number", "empty rows, negative numbers, nothing but zeros.", _sparse, {
+    Task("csr_bytes", _csr, "a whole number", "empty rows, negative numbers, tiny ones, nothing but zeros.", _sparse, {
         "Where the values lie has to be stored too: a column of 2 bytes for each.": dict(column=0),
         "There is one row start more than rows: the last says where everything ends.": dict(starts=0),
         "The row starts are missing.": dict(starts=None),
@@ -283,6 +307,7 @@ _CHAPTER_02 = [
         "That is the dense tensor: zeros are not stored.": lambda weight: 4 * weight.numel(),
         "Negative weights are not zero: count what differs from 0.": dict(kept=lambda w: w > 0),
         "That stores the zeros: count the others.": dict(kept=lambda w: w == 0),
+        "Tiny is not zero: everything that differs from 0 is stored.": dict(kept=lambda w: w.abs() > 1e-6),
     }),
     Task("spot_the_fault", _is_sound, "True or False", "one sound function and six broken ones, told apart.",
          lambda rng: [(_SUSPECTS[i],) for i in (0, *(1 + rng.permutation(6)).tolist())], {
@@ -308,10 +333,10 @@ def _ranges(rng):
     return [(-1.0, 3.0, 2), (0.5, 2.0, 8), (-3.0, -1.0, 4), (0.0, 0.0, 8), (*ends, 8), (-0.9, 0.13, 4)]
 
 
-def _ste(x, scale, zero_point, qmin, qmax, rounding=torch.round, everywhere=False, through=True, zero=1, back=1):
+def _ste(x, scale, zero_point, qmin, qmax, rounding=torch.round, everywhere=0, through=True, zero=1, back=1, ends=0):
     marks = rounding(x.detach() / scale) + zero * zero_point
     on_grid = (marks.clamp(qmin, qmax) - back * zero * zero_point) * scale
-    inside = everywhere | (marks >= qmin) & (marks <= qmax)
+    inside = everywhere | (marks >= qmin + ends) & (marks <= qmax - ends)
     return on_grid + inside.to(x.dtype) * (x - x.detach()) * through
 
 
@@ -380,7 +405,7 @@ def _clouds(rng):
 
 def _huffman(counts, zeros=False, second=heapq.heappop, each=None):
     known = sum(c > 0 for c in counts)
-    if each or known == 1:
+    if each or (known == 1 and not zeros):
         return [max(1, math.ceil(each(c, known, sum(counts)) if each else 1)) if c else 0 for c in counts]
     lengths, heap = [0] * len(counts), [(c, (i,)) for i, c in enumerate(counts) if c or zeros]
     heapq.heapify(heap)
@@ -414,7 +439,9 @@ _CHAPTER_03 = [
     Task("fake_quantize_ste", _ste, "a tensor with a gradient",
          "values and gradients, inside the grid and outside, with and without a zero point.", _on_the_grid, {
         "The values are right, but no gradient comes through: round() is flat.": dict(through=False),
-        "The values are right, but clipped entries have gradient 1: they do not move, so 0.": dict(everywhere=True),
+        "The values are right, but clipped entries have gradient 1: they do not move, so 0.": dict(everywhere=1),
+        "Values on the outermost integers get no gradient: clamp x first, then round (clamp's gradient is 0 at its "
+        "very ends).": dict(ends=1),
         "The zero point is not used.": dict(zero=0),
         "The zero point is added and not taken off again.": dict(back=0),
         "That rounds down; round to the nearest.": dict(rounding=torch.floor),
