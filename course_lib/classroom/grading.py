@@ -53,16 +53,15 @@ def grade(
     ``chapter`` whose tasks it has. One step of it (a cell, or a check) may take so many ``seconds``, and ``memory`` in
     gigabytes beyond the library's.
     """
-    if (jobs is not None and jobs < 1) or not all(0 < given <= 10**6 for given in (seconds, memory)):
-        told = f"got {jobs}, {seconds} and {memory}"
-        raise CourseError(f"--jobs must be at least 1, --seconds and --memory above 0 and at most a million; {told}")
+    for option, given in (("jobs", jobs), ("seconds", seconds), ("memory", memory)):
+        if given is not None and not 0 < given <= 10**6:
+            raise CourseError(f"--{option} must be above 0 and at most a million, got {given}")
     chapters = known_chapters = _chapters(notebooks or notebooks_folder())
     if chapter is not None:
         chapters = {name: tasks for name, tasks in chapters.items() if name.startswith(chapter)}
         if len(chapters) != 1:
             raise CourseError(f"no chapter {chapter!r} has practice; there are {', '.join(known_chapters)}")
-    found = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).rglob("*.ipynb"))
-    folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    found, folder = ([folder], folder.parent) if folder.is_file() else (sorted(folder.rglob("*.ipynb")), folder)
     # A name may be no UTF-8.
     places = {path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode(): path for path in found}
     files = {at: path for at, path in places.items() if path.is_file() and not at.startswith(".") and "/." not in at}
@@ -101,8 +100,7 @@ def _chapters(notebooks: Path) -> dict[str, dict[str, int]]:
 def _name(place: str) -> str:
     """Whose it is: the first folder of a ``practice.ipynb`` or ``02_pruning.ipynb``, else the file's own name."""
     path = Path(place)
-    handed_out = path.stem == "practice" or re.fullmatch(r"\d\d_\w+", path.stem)
-    return path.parts[0] if len(path.parts) > 1 and handed_out else path.stem
+    return path.parts[0] if len(path.parts) > 1 and re.fullmatch(r"practice|\d\d_\w+", path.stem) else path.stem
 
 
 def _known(output: Path) -> dict[str, list[dict]]:
@@ -112,8 +110,7 @@ def _known(output: Path) -> dict[str, list[dict]]:
         return known
     with contextlib.suppress(ValueError, csv.Error):
         text = output.read_text(encoding="utf-8-sig")
-        delimiter = ";" if ";" in text.partition("\n")[0] else ","
-        table = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter)
+        table = csv.DictReader(io.StringIO(text), restval="", delimiter=";" if ";" in text.partition("\n")[0] else ",")
         if tuple(table.fieldnames or ()) == COLUMNS:
             for row in table:
                 row = {key: re.sub("^'(?=[=+@-])", "", row[key]) for key in COLUMNS}
@@ -132,9 +129,6 @@ def _write(output: Path, rows: dict[str, list[dict]]) -> None:
         writer.writerow(row | unsafe)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, text.getvalue().encode(errors="backslashreplace"))
-
-
-# --- one submission ---------------------------------------------------------------------------------------------------
 
 
 def _grade_one(path: Path, place: str, known: list[dict], chapters: dict, run: Callable) -> tuple[list[dict], str]:
@@ -163,8 +157,7 @@ def _cells(notebook: dict) -> list[tuple[str, str]]:
     """(task or "", source) of all code cells that are not locked."""
     found = []
     for cell in notebook["cells"]:
-        mark = cell["metadata"].get("nbgrader")
-        mark = mark if isinstance(mark, dict) else {}
+        mark = made if isinstance(made := cell["metadata"].get("nbgrader"), dict) else {}
         if cell["cell_type"] == "code" and not mark.get("grade"):
             found.append((str(mark.get("grade_id", "")) if mark.get("solution") else "", cell["source"]))
     return found
@@ -215,10 +208,9 @@ def _run(seconds: float, memory: float, stopped: Connection, cells: list, tasks:
     return False
 
 
-# --- in the child -----------------------------------------------------------------------------------------------------
-
-
 def _child(pipe, cells: list, tasks: list[str], done: dict[str, str], memory: float, scratch: str) -> None:
+    """The process of one submission: from here to the end of the module, what runs in it."""
+
     def tell(**event) -> None:
         pipe.send_bytes(json.dumps(event).encode())
 

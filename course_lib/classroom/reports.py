@@ -117,8 +117,7 @@ def replicate(notebooks: Path, seeds: Sequence[str], name: str, run: Callable[..
     """
     root, code = notebooks.resolve().parent, 0
     kept = root / "docs" / "claims.json"
-    numbers = dict.fromkeys(given_value("seed", seed) for seed in seeds)
-    if not numbers:
+    if not (numbers := dict.fromkeys(given_value("seed", seed) for seed in seeds)):
         raise CourseError('--seeds takes at least one, such as "0 1 2"')
     try:
         runs = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}

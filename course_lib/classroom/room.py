@@ -78,12 +78,10 @@ def _once(learners: int) -> Iterator[Finding]:
     if data := os.environ.get("COURSE_DATA"):
         told = f"COURSE_DATA is {data}"
         folder = Path(data).expanduser().absolute()
-        modes = {path: path.stat().st_mode for path in (*folder.rglob("*"), folder, *folder.parents) if path.exists()}
-        closed = [path for path, mode in modes.items() if not mode & (0o001 if path.is_dir() else 0o004)]
-        if closed and closed[0].is_relative_to(folder):
-            mend = f"chmod -R a+rX {data}: others cannot read {closed[0].name}"
-        elif closed:
-            mend = f"chmod a+x {closed[0]}: others cannot enter it"
+        way = [path for path in (*folder.rglob("*"), folder, *folder.parents) if path.exists()]
+        closed = [path for path in way if not path.stat().st_mode & (0o001 if path.is_dir() else 0o004)]
+        cure = f"chmod -R a+rX {data}, and a+x the folders above it"
+        mend = f"{cure}: others do not get into {closed[0]}" if closed else ""
     yield found("data", told, mend)
     cache = cache_folder("checkpoints")
     told = "" if os.environ.get("COURSE_CACHE") else "; COURSE_CACHE names one cache for all"

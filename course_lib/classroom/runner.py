@@ -71,8 +71,7 @@ def run_lessons(
     build, data = notebooks.resolve().parent / "build", given.get("dataset", "digits")
     folder = output or build / "course" / f"{data}-{given.get('profile', 'quick')}"
     run = _Run(values, data_keys, build / "store" if store else folder.absolute(), timeout, jobs, store)
-    stopped = run.execute([lesson for lesson in lessons if not (resume and run.is_current(lesson))])
-    if stopped:
+    if stopped := run.execute([lesson for lesson in lessons if not (resume and run.is_current(lesson))]):
         print(f"interrupted by {signal.Signals(stopped).name}: everything was stopped", file=sys.stderr)
         return 128 + stopped
     done = [run.final(lesson) for lesson in lessons if lesson.number not in run.failed]
@@ -119,8 +118,8 @@ class _Run:
     def __init__(self, values: dict[str, dict], data: dict, folder: Path, timeout: int, jobs: int, store: bool):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.values, self.data, self.folder, self.timeout = values, data, folder, timeout
-        self.jobs, self.store = jobs, store
+        self.values, self.data, self.folder = values, data, folder
+        self.timeout, self.jobs, self.store = timeout, jobs, store
         self.signal, self.failed, self.processes, self.lock = 0, set(), [], threading.Lock()
         label = TextColumn("{task.description}", markup=False)
         columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -241,10 +240,9 @@ class _Run:
 
     def _key(self, lesson: Lesson) -> str:
         """A hash of all that decides what comes out."""
-        decides = ("methods", "evidence", "lab", "files.py", "gate.py")
-        library = source_hash(*(LIBRARY / name for name in decides))
+        decides = (LIBRARY / name for name in ("methods", "evidence", "lab", "files.py", "gate.py"))
         values, found = self.values[lesson.number], [name for name in lesson.extras if find_spec(name)]
-        parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), values, library, found]
+        parts = [lesson.name, hashlib.sha256(lesson.data).hexdigest(), values, source_hash(*decides), found]
         parts.append(self.data.get(values.get("dataset")))
         return hashlib.sha256(repr([*parts, platform.python_version(), version("torch")]).encode()).hexdigest()
 

@@ -148,7 +148,5 @@ def _named(words: Sequence[str], notebooks: Path, sources: dict[str, bytes], wor
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise CourseError(f"{question} There is no terminal to ask at: --yes says so beforehand")
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D
-        return False
+    print(f"{question} [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")  # nothing at all after Ctrl-D

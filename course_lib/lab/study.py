@@ -7,7 +7,6 @@ The work may be done by processes of this machine (the default), by threads, or 
 import contextlib
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import multiprocessing
@@ -72,11 +71,10 @@ def make_grid(levels: Mapping[str, Iterable], seeds: Iterable[int], **options) -
     >>> [(t.method, t.level, t.seed) for t in make_grid({"dense": [None], "int": [8, 4]}, seeds=[0])]
     [('dense', None, 0), ('int', 8, 0), ('int', 4, 0)]
     """
-    lists = list(levels.values()) if isinstance(levels, Mapping) else [None]
+    lists = [*levels.values(), seeds] if isinstance(levels, Mapping) else [None]
     if any(isinstance(given, str) or not isinstance(given, Iterable) for given in lists):
-        raise TypeError(f"levels must map each method to a list of its levels ([None] if it has none), got {levels!r}")
-    if not isinstance(seeds, Iterable):
-        raise TypeError(f"seeds must be a list of integers or a range, got {seeds!r}")
+        told = "levels must map each method to a list of levels ([None] for none), and seeds be a list or a range"
+        raise TypeError(f"{told}; got {levels!r} and {seeds!r}")
     pairs = [(method, level) for method, given in levels.items() for level in given]
     grid = [Trial(*pair, seed, options) for pair, seed in itertools.product(pairs, list(seeds))]
     _by_key(grid)
@@ -221,20 +219,14 @@ def _plain(value: object) -> object:
     return value.tolist()
 
 
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: object):
-        if getattr(value, "__module__", "") == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
-            name = getattr(value, "__qualname__", type(value).__qualname__)
-            raise ValueError(f"{name} was written in a notebook or at the prompt")
-        return NotImplemented
-
-
-def _check_importable(work: Callable, *trials: Trial) -> None:
-    try:
-        _Pickler(io.BytesIO()).dump((work, trials))
-    except Exception as error:
-        cure = "move it to the top of a .py file, or pass a ThreadPoolExecutor"
-        raise ValueError(f"worker processes cannot import work {work!r} or its trials: {error}; {cure}") from None
+def _check_importable(*needed: object) -> None:
+    for given in needed:
+        try:
+            if b"__main__" in pickle.dumps(given) and not hasattr(sys.modules["__main__"], "__file__"):
+                raise ValueError("it was written in a notebook or at the prompt")
+        except Exception as error:
+            cure = "move it to the top of a .py file, or pass a ThreadPoolExecutor"
+            raise ValueError(f"worker processes cannot import {given!r}: {error}; {cure}") from None
 
 
 def _identity(work: Callable, version: str) -> str:

@@ -163,7 +163,7 @@ def test_what_cannot_be_graded_is_said(tmp_path):
     with pytest.raises(CourseError, match="no solutions in "):
         grade(tmp_path, notebooks=tmp_path)
     for given in ({"seconds": 0}, {"seconds": float("nan")}, {"memory": float("inf")}, {"memory": -1}, {"jobs": -1}):
-        with pytest.raises(CourseError, match=f"above 0 and at most a million; got .*{next(iter(given.values()))}"):
+        with pytest.raises(CourseError, match=f"above 0 and at most a million, got {next(iter(given.values()))}"):
             grade(tmp_path, **given)
     (tmp_path / "roster.csv").write_text("name,mail\n")
     with pytest.raises(CourseError, match=r"roster\.csv is no table of grades"):

@@ -85,15 +85,15 @@ def test_a_grid_is_every_level_with_every_seed():
     for levels, message in (
         ({}, "grid is empty"),
         ({"a": "word"}, "levels must map"),
-        ({"a": None}, "list of its levels"),
-        ({"a": 0.5}, "list of its levels"),
+        ({"a": None}, "a list of levels"),
+        ({"a": 0.5}, "a list of levels"),
         (["a"], "levels must map"),
         ({"a": [1, 1.0]}, "a cell twice"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             make_grid(levels, [0])
 
-    with pytest.raises(TypeError, match="seeds must be a list of integers or a range, got 3"):
+    with pytest.raises(TypeError, match=r"seeds be a list or a range; got .* and 3"):
         make_grid({"a": [1]}, 3)
 
 
@@ -170,7 +170,7 @@ class Client:
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"name": "a/b"}, "name must be letters"),
         ({"executor": Client()}, r"got Client; for dask, pass Client\(...\).get_executor\(\)"),
-        ({"work": lambda trial: {}}, "worker processes cannot import work .*lambda"),
+        ({"work": lambda trial: {}}, "worker processes cannot import <function .*lambda"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, arguments, message):
@@ -217,8 +217,9 @@ def test_who_stops_a_study_on_a_given_executor_stops_what_is_queued(tmp_path, mo
 def test_what_a_notebook_defines_is_refused_before_a_worker_dies_of_it(monkeypatch):
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     monkeypatch.setattr(Other, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Other", Other, raising=False)
     for grid in (make_grid({"m": [(1, Other(8))]}, [0]), make_grid({"m": [1]}, [0], how=Other(8))):
-        with pytest.raises(ValueError, match="Other was written in a notebook"):
+        with pytest.raises(ValueError, match=r"cannot import Trial\(.*Other\(.*it was written in a notebook"):
             run_study(grid, work=study_cells.quick)
 
 
