@@ -211,10 +211,8 @@ _CHAPTER_07 = [
         "2^(bits − 1) itself does not fit any more: the largest number is one less.": dict(most=lambda b: 2 ** (b - 1)),
     }),
     Task("bits_needed", _bits, "8, 16, 32 or 64", "rows that cancel, that do not, and that fit exactly.", _rows, {
-        "Products may cancel in the end and be too large on the way: add the positive ones alone.":
-            dict(parts=(lambda w, zero: w,)),
-        "Magnitudes are added: positive and negative products pull to opposite sides, take each side for itself.":
-            dict(parts=(lambda w, zero: abs(w), lambda w, zero: -abs(w))),
+        "Products may cancel, but not on the way: add the positive ones alone.": dict(parts=(lambda w, zero: w,)),
+        "Magnitudes are added: take each side by itself.": dict(parts=(lambda w, z: abs(w), lambda w, z: -abs(w))),
         "The negative products alone can be too much as well.": dict(parts=(max,)),
         "The positive products alone can be too much as well.": dict(parts=(min,)),
         "The bias is part of every sum.": dict(base=0),
@@ -226,7 +224,7 @@ _CHAPTER_07 = [
     Task("widest_cnn", _widest, "a whole number", "", judged=_judge_widest),
     Task("round_twice", _halves, "a pair (once, twice)", "both signs, a tie, sums on which the two agree and do not.",
          _apart, {
-        "Both are rounded once. (To cut off in the first half comes to the same: add 2^30 before it.)": dict(add=(0, 1)),
+        "Both are rounded once. (To cut off in the first half comes to the same: add 2^30.)": dict(add=(0, 1)),
         "The second of the two halves has to round too: add half of what it divides by.": dict(add=(1, 0)),
         "Neither half rounds: each adds half of what it divides by.": dict(add=(0, 0)),
         "The second half divides by 2^(shift − 31): add half of that, not of 2^shift.": dict(add=(1, 0), kept=1),

@@ -61,10 +61,14 @@ def _log_softmax(z, steady):
 
 
 _SOFT_FAULTS = {  # of soft_target_loss, and of the same term in kd_loss
+    "T² is missing.": dict(power=0),
     "T is missing where T² belongs.": dict(power=1),
+    "Teacher and student are swapped: the teacher's probabilities weigh the sum.": dict(swap=True),
+    "`mean` divides by the classes as well: sum over classes, mean over images (`batchmean`).": dict(reduction="mean"),
+    "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
     "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
-    "That is the cross-entropy with soft targets: its gradient is right, but KL is 0 where the two agree; Σ p log p is "
-    "missing.": dict(term=lambda p, log_p, log_q: -p * log_q),
+    "That is cross-entropy: its gradient is right, but KL is 0 where the two agree; Σ p log p is missing.": dict(
+        term=lambda p, log_p, log_q: -p * log_q),
     "F.kl_div wants the student as logarithms: F.log_softmax, not F.softmax.": dict(
         term=lambda p, log_p, log_q: p * (log_p - log_q.exp())),
     "F.kl_div wants the teacher as probabilities, F.softmax (or log_target=True).": dict(
@@ -145,15 +149,10 @@ _CHAPTER_04 = [
         "The sums run over the images; the classes are the last dimension.": dict(dim=0),
     }, observe=_by_hand),
     Task("soft_target_loss", _soft, "a tensor with a gradient",
-         "2 to 10 classes, T from 0.5 to 4, logits of some hundreds; value and gradient.", _logits, {
-        "T² is missing.": dict(power=0),
-        "Teacher and student are swapped: the teacher's probabilities weigh the sum.": dict(swap=True),
-        "`mean` divides by the classes as well: sum over classes, mean over images (`batchmean`).": dict(
-            reduction="mean"),
+         "2 to 10 classes, T from 0.5 to 4, logits of some hundreds; value and gradient.", _logits, _SOFT_FAULTS | {
         "That is the sum over the images; their mean is asked for.": dict(reduction="sum"),
-        "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
         "The value is right, but no gradient reaches the student.": dict(part=lambda loss: loss.item()),
-    } | _SOFT_FAULTS, observe=with_gradient),
+    }, observe=with_gradient),
     Task("t_squared_gradient", _slope, "a tensor of the logits' shape", "2 to 10 classes, 1 to 6 images, T 0.5 to 4.",
          lambda rng: _logits(rng, large=False), {
         "That is the gradient of KL alone: T² is missing.": dict(power=-1),
@@ -171,9 +170,8 @@ _CHAPTER_04 = [
         "These steps are too coarse: two per cent are asked for, also where T is small.": [
             _best_of(torch.logspace(-1, 1, 100)), *(_best_of(torch.linspace(0.1, 10, n)) for n in (100, 1000))],
         "`F.cross_entropy` takes logits, softmax is in it: you take it twice.": _best_of(
-            torch.logspace(-1, 1, 1000), lambda z, T, labels: F.cross_entropy(F.softmax(z / T, 1), labels)),
-        "The accuracy is the same at every T, so that is merely the first one tried: maximise the likelihood.":
-            lambda logits, labels: 0.1,
+            torch.logspace(-1, 1, 300), lambda z, T, labels: F.cross_entropy(F.softmax(z / T, 1), labels)),
+        "Accuracy is the same at every T, so that is the first one tried: take the likelihood.": lambda z, labels: 0.1,
     }, tolerance=0.02),
     Task("ece", _ece, "a number", "1 to 200 images, 5 to 15 bins, empty ones, a confidence of 1.", _sure_and_unsure, {
         "Every bin weighs the same here: weigh it by how many images it holds.": dict(equal=True),
@@ -264,16 +262,12 @@ def _score_rows(rng):
 
 _CHAPTER_05 = [
     Task("kd_loss", _kd, "a tensor with a gradient",
-         "2 to 10 classes, T from 0.5 to 4, α from 0 to 1; value and gradient.", _lessons, {
-        "T² is missing in the soft term.": dict(power=0),
-        "Teacher and student are swapped in the soft term.": dict(swap=True),
-        "`mean` divides by the classes as well; the soft term's reduction is `batchmean`.": dict(reduction="mean"),
+         "2 to 10 classes, T from 0.5 to 4, α from 0 to 1; value and gradient.", _lessons, _SOFT_FAULTS | {
         "α and 1 − α are swapped: here α weighs the soft term.": lambda s, t, y, T, a: _kd(s, t, y, T, 1 - a),
         "The labels' term is at T as well; cross-entropy is always at T = 1.": dict(hard=None),
-        "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
         "The labels' term is not weighed.": lambda s, t, y, T, a: F.cross_entropy(s, y) + a * _soft(s, t, T),
         "The value is right, but no gradient reaches the student.": lambda *given: _kd(*given).item(),
-    } | _SOFT_FAULTS, observe=with_gradient),
+    }, observe=with_gradient),
     Task("find_the_bug", _diagnose, "one of the five names", "one sound loss and four with a bug each, told apart.",
          lambda rng: [(list(_BUGS.values())[i],) for i in (0, *(1 + rng.permutation(4)).tolist())], {
         "You call every one sound.": dict(always="none"),
@@ -284,8 +278,7 @@ _CHAPTER_05 = [
         "That is the sum; the mean over images and features is asked for.": dict(join=torch.sum),
         "The paper halves it; here the mean is asked for, without a half.": dict(join=lambda e: e.mean() / 2),
         "That is the mean over features of the *sum* over images.": dict(join=lambda e: e.mean(1).sum()),
-        "The adapter is turned round: it is [teacher's, student's], as in nn.Linear.": dict(
-            adapt=lambda a: a.T),
+        "The adapter is turned round: it is [teacher's, student's], as in nn.Linear.": dict(adapt=lambda a: a.T),
         "These are magnitudes; squares are asked for.": dict(power=1),
         "The value is right, but the adapter gets no gradient: it is to be trained too.": dict(
             adapt=lambda a: a.detach()),
@@ -342,12 +335,13 @@ def _candidates(rng):
         yield [rows[i] for i in rng.permutation(5)], budget
 
 
-def _lost(labels, before, after, hit=lambda was, now: was.mean() - now.mean(), truth=0, among=(0, 0), gaps=False,
-          worst=lambda falls: falls.index(max(falls))):  # fmt: skip
+def _lost(labels, before, after, hit=lambda was, now, images: was - now, truth=0, among=(0, 0), gaps=False, worst=None):
     given = labels, before, after
-    was, now = (before == given[truth]).double(), (after == given[truth]).double()
+    right = [(answers == given[truth]).double() for answers in (before, after)]
     classes = range(int(labels.max()) + 1) if gaps else labels.unique().tolist()
-    return classes[worst([float(hit(was[given[among[0]] == c], now[given[among[1]] == c])) for c in classes])]
+    shares = [[r[given[a] == c].mean() for r, a in zip(right, among, strict=True)] for c in classes]
+    falls = [float(hit(*pair, (labels == c).sum())) for c, pair in zip(classes, shares, strict=True)]
+    return classes[worst(falls) if worst else falls.index(max(falls))]
 
 
 def _said(rng):
@@ -424,8 +418,7 @@ _CHAPTER_06 = [
         "That is the front for costs of which more is better.": dict(sign=-1),
         "Only the best gain of all is left: a cheaper point with less gain is worth having too.": dict(
             better=lambda c, g: g > 0),
-        "No point is left: each is compared with itself too, which costs no more and gains no less.": lambda c, g: (
-            [False] * len(c)),
+        "No point is left: each is compared with itself, too, and beats itself.": lambda c, g: [False] * len(c),
     }),
     Task("best_under_budget", _best, "a name, or None", "budgets for all, for none, and met exactly.", _candidates, {
         "That chooses on test images; a choice is made on validation.": dict(key=lambda m: m["test"]),
@@ -435,15 +428,11 @@ _CHAPTER_06 = [
         "That is the largest model that fits, not the best.": dict(key=lambda m: m["bytes"]),
     }),
     Task("worst_hit_class", _lost, "a class, a whole number", "classes of all sizes, one that gains.", _said, {
-        "That is the class that lost most *images*; take shares, classes differ in size.": dict(
-            hit=lambda was, now: was.sum() - now.sum()),
-        "That is the class with the worst accuracy afterwards; it was as bad before.": dict(
-            hit=lambda was, now: -now.mean()),
-        "That is the class that gained most.": dict(hit=lambda was, now: now.mean() - was.mean()),
-        "That is the largest change in either direction: a class that gained is not hit.": dict(
-            hit=lambda was, now: (was.mean() - now.mean()).abs()),
-        "That is the fall as a share of what the class had; before minus after is asked for, in points.": dict(
-            hit=lambda was, now: 1 - now.mean() / was.mean()),
+        "It lost most *images*: take shares, classes differ in size.": dict(hit=lambda w, n, k: (w - n) * k),
+        "That is the class with the worst accuracy afterwards; it was as bad before.": dict(hit=lambda w, n, k: -n),
+        "That is the class that gained most.": dict(hit=lambda w, n, k: n - w),
+        "That is the largest change in either direction: a gain is no hit.": dict(hit=lambda w, n, k: abs(w - n)),
+        "That is a share of what the class had: take points, before − after.": dict(hit=lambda w, n, k: 1 - n / w),
         "Most *changed* answers, that is churn: from wrong to otherwise wrong nothing is lost.": dict(truth=1),
         "You take the images that were *answered* c (precision); take those *labelled* c.": [
             dict(among=(1, 2)), dict(among=(1, 1))],

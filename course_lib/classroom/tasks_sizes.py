@@ -30,12 +30,12 @@ def _macs(widths, biases=0, times=1, layers=None, join=sum):
     return join([times * a * b + biases * b for a, b in pairwise(widths)][:layers])
 
 
-def interval(a, b, paired=True, ddof=1, quantile=None, root=True, level=0.95, sign=1):
+def interval(a, b, paired=True, ddof=1, quantile=None, root=True, level=0.95, sign=1, ends=lambda m, h: (m - h, m + h)):
     """Student's interval of the mean of a − b."""
     a, b = sign * np.asarray(a, dtype=float), sign * np.asarray(b, dtype=float)
     spread = (a - b).std(ddof=ddof) if paired else math.hypot(a.std(ddof=1), b.std(ddof=1))
     half = (quantile or stdtrit(len(a) - 1, (1 + level) / 2)) * spread / (math.sqrt(len(a)) if root else 1)
-    return (a - b).mean() - half, (a - b).mean() + half
+    return ends((a - b).mean(), half)
 
 
 def _scores(rng):
@@ -72,9 +72,8 @@ _CHAPTER_01 = [
         "The standard deviation of a sample divides by R − 1 (ddof=1), not by R.": dict(ddof=0),
         "That is b − a: the sign is swapped.": dict(sign=-1),
         "2.5 % have to lie on each side: you left 5 % on each.": dict(level=0.9),
-        "These are the mean and the half width: the ends are asked for, mean − half and mean + half.": lambda a, b: (
-            np.mean(interval(a, b)), np.ptp(interval(a, b)) / 2),
-        "The ends are swapped: the low one comes first.": lambda a, b: interval(a, b)[::-1],
+        "Mean and half width: the two ends are asked for, mean − half, mean + half.": dict(ends=lambda m, h: (m, h)),
+        "The ends are swapped: the low one comes first.": dict(ends=lambda m, h: (m + h, m - h)),
     }, slack=1e-3),
     Task("seeds_needed", _seeds, "a whole number", "from 2 seeds to several hundred.",
          lambda rng: [(1.0, 0.5), (1.0, 0.1), (1.0, 1.0), (1.0, 2.0), (0.1, 5.0), (float(rng.uniform(1, 2)), 0.45)], {
@@ -177,8 +176,8 @@ def _trainings(rng):
     yield from ((draw(rng, *trained.shape), trained, sparsity) for trained, sparsity in _weights(rng))
 
 
-def _cut(weight, bias, following, keep, change=lambda w, b, f, k: (w[k], b[k], f[:, k])):
-    return change(weight, bias, following, keep)
+def _cut(weight, bias, following, keep):
+    return weight[keep], bias[keep], following[:, keep]
 
 
 def _neurons(rng):
@@ -261,8 +260,7 @@ _CHAPTER_02 = [
          "8 steps of an optimiser with momentum; what was masked is zero, everything else moved.", _networks, {
         "Nothing was held at zero: the weights in the dictionary have to change, in place; a new tensor or a masked "
         "gradient does not do it (momentum).": dict(change=lambda p, name, mask: None),
-        "Not every parameter has a mask, not even every weight: go through the masks.": lambda masks: lambda p, step: [
-            p[name].mul_(masks[name]) for name in p],
+        "Not every weight has a mask: go through `masks`.": lambda masks: lambda p, _: [p[n].mul_(masks[n]) for n in p],
         "Upside down: the weights that should stay are zero. True is for what stays.": dict(keep=False),
         "The zeros hold for one step only: after_step is called after every one.": dict(steps=1),
         "Only the first mask is used: there are several layers.": dict(layers=1),
@@ -288,16 +286,12 @@ _CHAPTER_02 = [
     }),
     Task("cut_neurons", _cut, "a triple (weight, bias, following)",
          "layers of four shapes, with one neuron left up to all.", _neurons, {
-        "The next layer still reads every neuron: its columns have to go too.": dict(
-            change=lambda w, b, f, k: (w[k], b[k], f)),
-        "The next layer lost rows, its own neurons; what reads the cut ones are its columns.": dict(
-            change=lambda w, b, f, k: (w[k], b[k], f[k])),
-        "The biases of the cut neurons are still there.": dict(change=lambda w, b, f, k: (w[k], b, f[:, k])),
-        "Upside down: `keep` says which neurons stay.": dict(change=lambda w, b, f, k: (w[~k], b[~k], f[:, ~k])),
-        "They are zero, but still there: take the rows and columns out.": dict(
-            change=lambda w, b, f, k: (w * k[:, None], b * k, f * k)),
-        "The first layer lost columns, its inputs; its neurons are the rows.": dict(
-            change=lambda w, b, f, k: (w[:, k], b[k], f[:, k])),
+        "The next layer still reads every neuron: its columns have to go too.": lambda w, b, f, k: (w[k], b[k], f),
+        "The next layer lost rows, its own neurons: columns read the cut ones.": lambda w, b, f, k: (w[k], b[k], f[k]),
+        "The biases of the cut neurons are still there.": lambda w, b, f, k: (w[k], b, f[:, k]),
+        "Upside down: `keep` says which neurons stay.": lambda w, b, f, k: (w[~k], b[~k], f[:, ~k]),
+        "They are zero, but still there: take them out.": lambda w, b, f, k: (w * k[:, None], b * k, f * k),
+        "The first layer lost columns, its inputs; its neurons are rows.": lambda w, b, f, k: (w[:, k], b[k], f[:, k]),
     }),
     Task("csr_bytes", _csr, "a whole number", "empty rows, negative numbers, tiny ones, nothing but zeros.", _sparse, {
         "Where the values lie has to be stored too: a column of 2 bytes for each.": dict(column=0),
