@@ -269,8 +269,9 @@ def _family(value: Tensor) -> str:
 
 
 def _where(task: Task, case: tuple) -> str:
-    names = inspect.signature(task.answer).parameters
-    return ", ".join(f"{name} {_argument(value)}" for name, value in zip(names, case, strict=False))
+    names = inspect.signature(task.answer).parameters.values()
+    pairs = ((p.name, value) for p, value in zip(names, case, strict=False) if p.default is p.empty)
+    return ", ".join(f"{name} {_argument(value)}" for name, value in pairs)
 
 
 def _argument(value: Any) -> str:

@@ -50,9 +50,8 @@ def _halves(total, multiplier, shift, add=(1, 1), kept=0):
     def rounded(x, places, half=1):
         return (x + half * (1 << places >> 1)) >> places
 
-    product = total * multiplier
-    upper = rounded(product, 31, add[0])
-    return rounded(product, shift), rounded(upper + kept * (1 << shift >> 1), shift - 31, add[1])
+    upper = rounded(total * multiplier, 31, add[0]) + kept * (1 << shift >> 1)
+    return rounded(total * multiplier, shift), rounded(upper, shift - 31, add[1])
 
 
 def _apart(rng):

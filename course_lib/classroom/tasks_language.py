@@ -153,21 +153,17 @@ _CHAPTER_08 = [
         "(it is 0 then), or factor's column was used, not its row.": dict(sign=0),
         "The sign is wrong: the others now make the error larger.": dict(sign=1),
         "The error has to be divided by `factor[j, j]`.": dict(divide=False),
-        "Column j itself moves as well, once too often: the correction starts at j + 1.": lambda w, f, j, s: _step(
-            w, f, j, s, first=0),
+        "Column j itself moves as well, once too often: the correction starts at j + 1.": dict(first=0),
         "That cuts off; it should round.": dict(grid=torch.trunc),
     }),
     Task("awq_search", _search, "a triple (alpha, error, control)", "3 layers with two loud channels each.",
          _loud_inputs, {
-        "AWQ takes the *mean* magnitude of a channel; a single giant decides yours.": dict(
-            size=lambda x: x.abs().amax(0)),
-        "The mean of x is near 0 where signs cancel: take magnitudes first.": dict(
-            size=lambda x: x.mean(0).abs() + 1e-6),
+        "AWQ takes the *mean* magnitude; a single giant decides yours.": dict(size=lambda x: x.abs().amax(0)),
+        "Signs cancel in the mean of x: take magnitudes first.": dict(size=lambda x: x.mean(0).abs() + 1e-6),
         "Scales multiply the weight before it is rounded; yours divide it.": dict(turned=True),
         "After rounding the scales have to be divided out again.": dict(back=False),
         "That judges by the weights; what counts is the layer's output on `inputs`.": dict(judge="weights"),
-        "The control has the best scales on *other* channels, `scales[order]`; yours has them in place.": dict(
-            control="same"),
+        "The control has the best scales on *other* channels; yours has them in place.": dict(control="same"),
         "The control has no scales at all; it is to have the best ones on other channels.": dict(control="none"),
         "The control looks for a strength of its own; it has the scales of the best one.": dict(control="least"),
         "The control is `s[order]`; yours goes through `order` the other way round.": dict(control="back"),
@@ -176,8 +172,7 @@ _CHAPTER_08 = [
          _two_modes, {
         "The two are swapped: forward is KL(teacher ‖ student), and comes first.": dict(swap=True),
         "Both are forward: in reverse, the *student's* probabilities weigh the sum.": dict(twice=True),
-        "That is the cross-entropy: without the student's own entropy, reverse rewards certainty alone.": dict(
-            entropy=False),
+        "That is cross-entropy: without the student's own entropy, certainty alone wins.": dict(entropy=False),
         "0 · log 0 counts as 0; a NaN wins every argmin.": dict(steady=False),
         "The differences of logarithms are not weighed by the first distribution.": dict(weighed=False),
     }),

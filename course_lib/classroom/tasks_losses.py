@@ -67,12 +67,9 @@ _SOFT_FAULTS = {  # of soft_target_loss, and of the same term in kd_loss
     "`mean` divides by the classes as well: sum over classes, mean over images (`batchmean`).": dict(reduction="mean"),
     "Only the teacher is softened by T: the student has to be as well.": dict(own=False),
     "softmax gives 0 for a class far behind, and log(0) is −∞: use log_softmax.": dict(steady=False),
-    "That is cross-entropy: its gradient is right, but KL is 0 where the two agree; Σ p log p is missing.": dict(
-        term=lambda p, log_p, log_q: -p * log_q),
-    "F.kl_div wants the student as logarithms: F.log_softmax, not F.softmax.": dict(
-        term=lambda p, log_p, log_q: p * (log_p - log_q.exp())),
-    "F.kl_div wants the teacher as probabilities, F.softmax (or log_target=True).": dict(
-        term=lambda p, log_p, log_q: log_p * (log_p.log() - log_q)),
+    "That is cross-entropy: its gradient is right, its value lacks Σ p log p.": dict(term=lambda p, a, b: -p * b),
+    "F.kl_div wants the student as logarithms: F.log_softmax.": dict(term=lambda p, a, log_q: p * (a - log_q.exp())),
+    "F.kl_div wants the teacher as probabilities (or log_target=True).": dict(term=lambda p, a, b: a * (a.log() - b)),
 }  # fmt: skip
 
 
@@ -280,8 +277,7 @@ _CHAPTER_05 = [
         "That is the mean over features of the *sum* over images.": dict(join=lambda e: e.mean(1).sum()),
         "The adapter is turned round: it is [teacher's, student's], as in nn.Linear.": dict(adapt=lambda a: a.T),
         "These are magnitudes; squares are asked for.": dict(power=1),
-        "The value is right, but the adapter gets no gradient: it is to be trained too.": dict(
-            adapt=lambda a: a.detach()),
+        "The value is right, but no gradient reaches the adapter.": dict(adapt=lambda a: a.detach()),
     }, observe=partial(with_gradient, at=(0, 2))),
     Task("attention_map_loss", _maps, "a tensor with a gradient",
          "other numbers of channels, one image, a dead teacher, a dead student; value and gradient.", _features,
@@ -412,12 +408,10 @@ def _leaderboard(size: int, cost: str) -> str:
 _CHAPTER_06 = [
     Task("pareto_front", _front, "True or False for each point", "equal points, equal costs, one point alone.", _points,
          {
-        "A point that is worse in one and equal in the other is not on the front.": dict(
-            better=lambda c, g: c < 0 and g > 0),
+        "Worse in one and equal in the other is beaten, too.": dict(better=lambda c, g: c < 0 and g > 0),
         "Two equal points do not beat each other: both stay.": dict(better=lambda c, g: c <= 0 and g >= 0),
         "That is the front for costs of which more is better.": dict(sign=-1),
-        "Only the best gain of all is left: a cheaper point with less gain is worth having too.": dict(
-            better=lambda c, g: g > 0),
+        "Only the best gain is left: a cheaper point with less gain counts, too.": dict(better=lambda c, g: g > 0),
         "No point is left: each is compared with itself, too, and beats itself.": lambda c, g: [False] * len(c),
     }),
     Task("best_under_budget", _best, "a name, or None", "budgets for all, for none, and met exactly.", _candidates, {

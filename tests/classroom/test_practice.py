@@ -123,11 +123,33 @@ def by_torch(q, k, v, past_k, past_v, length):
     return F.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask)[0]
 
 
+def maps(normalized):
+    def loss(student, teacher):
+        mine, theirs = (normalized(f.square().mean(1).flatten(1)) for f in (student, teacher))
+        return (mine - theirs.nan_to_num()).square().sum(1).mean()
+
+    return loss
+
+
+def awq(control):
+    def search(weight, inputs, alphas, order, quantize):
+        def error(s):
+            return float((inputs @ (quantize(weight * s) / s - weight).T).square().mean())
+
+        size = inputs.abs().mean(0)
+        best = min(alphas, key=lambda alpha: error(size**alpha))
+        return best, error(size**best), control(error, size, best, order)
+
+    return search
+
+
 # From the library, torch and scipy; with lists and arrays, other lengths of floats, and other ways to zero a weight.
 OTHERS = [
     ("count_macs_linear", lambda w: float(np.dot(w[:-1], w[1:]))),
     ("paired_interval", interval),
     ("paired_interval", lambda a, b: torch.tensor(stats.ttest_rel(a, b).confidence_interval(0.95))),
+    ("paired_interval", lambda a, b: (d := torch.tensor(a) - torch.tensor(b)).mean() + d.std() / len(d) ** 0.5 * (
+        torch.tensor([-1, 1]) * stats.t.ppf(0.975, len(d) - 1))),  # float32 where the two are lists
     ("threshold_mask", pruning.threshold_mask),
     ("threshold_mask", lambda w, a: np.abs(w.numpy()) > a * np.abs(w.numpy()).max()),
     ("rank_mask", lambda w, s: pruning.rank_mask(w.abs(), s)),
@@ -159,6 +181,8 @@ OTHERS = [
     ("kd_loss", lambda s, t, y, T, a: distillation.kd_loss(s, t, y, temperature=T, alpha=a)),
     ("hint_loss", lambda s, t, adapter: distillation_features.hint_loss(s @ adapter.T, t)),
     ("attention_map_loss", distillation_features.attention_map_loss),
+    ("attention_map_loss", maps(lambda q: q / (q.norm(dim=1, keepdim=True) + 1e-8))),
+    ("awq_search", awq(lambda error, s, best, order: error((s**best)[order]))),
     ("pareto_front", pareto_front),
     ("cached_attention", by_torch),
     ("gptq_step", by_linear_algebra),
@@ -186,32 +210,12 @@ def by_class(fall):
     return lambda y, a, b: max(y.unique().tolist(), key=lambda c: float(fall(y, a, b, c)))
 
 
-def maps(normalized):
-    def loss(student, teacher):
-        mine, theirs = (normalized(f.square().mean(1).flatten(1)) for f in (student, teacher))
-        return (mine - theirs.nan_to_num()).square().sum(1).mean()
-
-    return loss
-
-
 def reach(fits):
     def bits_needed(w, bias, top):
         plus, minus = (top * sum(x for x in w if sign * x > 0) for sign in (1, -1))
         return next((b for b in (8, 16, 32) if fits(w, bias, top, plus, minus, b - 1)), 64)
 
     return bits_needed
-
-
-def awq(control):
-    def search(weight, inputs, alphas, order, quantize):
-        def error(s):
-            return float((inputs @ (quantize(weight * s) / s - weight).T).square().mean())
-
-        size = inputs.abs().mean(0)
-        best = min(alphas, key=lambda alpha: error(size**alpha))
-        return best, error(size**best), control(error, size, best, order)
-
-    return search
 
 
 def lowest(tried, loss=F.cross_entropy):
@@ -297,6 +301,10 @@ WRONG = [
     ("hold_zeros", lambda masks: lambda p, step: step or [p[n].mul_(m) for n, m in masks.items()], "one step only"),
     ("kd_loss", lambda s, t, y, T, a: distillation.kd_loss(s, t, y, temperature=T, alpha=1 - a), "1 − α are swapped"),
     ("overflow_at", overflow_at_half, "2^(bits − 1) itself does not fit"),
+    ("cubic_sparsity", lambda t, n, f: f * t / n, "Probably: That is a straight line"),
+    ("requantize", lambda t, m, z: ANSWERS["requantize"](t, m, z).int(), "expected an int8 tensor"),
+    ("cached_attention", lambda *given: (ANSWERS["cached_attention"](*given), given[3].zero_(), given[4].zero_())[0],
+     "past_k and past_v were changed on the way. Copy them"),
     ("worst_hit_class", by_class(lambda y, a, b, c: (a != b)[y == c].double().mean()), "churn"),
     ("worst_hit_class", by_class(lambda y, a, b, c: abs(rate(y, a, c) - rate(y, b, c))), "a gain is no hit"),
     ("worst_hit_class", by_class(lambda y, a, b, c: rate(a, y, c) - rate(b, y, c)), "precision"),
