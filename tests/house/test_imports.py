@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "course_lib").rglob("*.py"))
 # The aim is 6,500 lines in 45 files. What stands above it: refusals that models of readers need (gate, surgery, files),
-# and practice with its named wrong answers (1,700 lines): 9,780 in 48. Raised for chapters 07 and 08 (C, a board, a
-# page, .tflite; a language model, GPTQ, a GGUF reader; their practice) and for JupyterLab's working copy and the room.
+# and practice with its named wrong answers (1,830 lines): 10,100 in 48. Raised for chapters 07 and 08 (C, a board, a
+# page, .tflite; a language model, GPTQ, a GGUF reader; their practice), for JupyterLab's working copy and the room, and
+# by 250 for what two people who tried to break it, and one who tried every task, had found: refusals and diagnoses.
 # These numbers may fall; raising them takes a reason, here.
-MOST_LINES, MOST_FILES = 12_200, 62
+MOST_LINES, MOST_FILES = 12_450, 62
 HEAVY = ("pandas", "sklearn", "scipy", "torchvision", "onnx", "onnxruntime", "matplotlib", "papermill")
 FORBIDDEN = {
     "files.py": {"methods", "evidence", "lab", "classroom", "gate"},
