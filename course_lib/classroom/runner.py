@@ -349,7 +349,7 @@ def _papermill(tell: Callable, scratch: str, cwd: str, parameters: dict[str, Any
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "start_timeout": 180}
     options |= {"parameters": parameters, "cwd": cwd, "execution_timeout": timeout or None}
     try:
-        notebook = papermill.execute_notebook(*paths, on_cell_start=cell_started, **options)
+        notebook = _patiently(papermill.execute_notebook, *paths, on_cell_start=cell_started, **options)
     except PapermillExecutionError as error:
         trace = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "\n".join(error.traceback)).strip().splitlines()
         lines = trace[-SHOWN_LINES:] or [f"{error.ename}: {error.evalue}"]
@@ -364,6 +364,19 @@ def _papermill(tell: Callable, scratch: str, cwd: str, parameters: dict[str, Any
         if left or (cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None):
             return f"it ended before its last cell, here:\n  | {cell.source.strip()[:300]}"
     return ""
+
+
+def _patiently(execute: Callable, *paths: str, **options: Any) -> Any:
+    """Try again, three times in all, where the kernel was gone before it answered: nothing was executed by then.
+
+    Kernels that start at the same moment may take one port, which each had found free, and one of them ends.
+    """
+    for left in (2, 1, 0):
+        try:
+            return execute(*paths, **options)
+        except RuntimeError as error:
+            if "died before replying" not in str(error) or not left:
+                raise
 
 
 def _end_with_runner(scratch: Path) -> None:

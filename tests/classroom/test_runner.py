@@ -384,3 +384,25 @@ def test_in_a_terminal_bars_count_the_cells(tmp_path):
     assert b"2/4" in shown or b"3/4" in shown
     assert "done in" in shown.decode()
     assert "4 cells" not in shown.decode()
+
+
+@pytest.mark.parametrize(("deaths", "told"), [(2, ""), (3, "died before replying")])
+def test_a_kernel_that_lost_its_port_is_started_again(tmp_path, monkeypatch, deaths, told):
+    import papermill
+
+    tries = []
+
+    def execute(source, executed, **options):
+        tries.append(source)
+        if len(tries) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return SimpleNamespace(cells=[])
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    job = {"scratch": str(tmp_path), "cwd": str(tmp_path), "parameters": {}, "timeout": 0}
+    if told:
+        with pytest.raises(RuntimeError, match=told):
+            runner._papermill(lambda **event: None, **job)
+    else:
+        assert runner._papermill(lambda **event: None, **job) == ""
+    assert len(tries) == 3
