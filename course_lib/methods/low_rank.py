@@ -6,15 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from course_lib.gate import (
-    UnsupportedModel,
-    check_model,
-    own_forward,
-    real_tensor,
-    replace_layers,
-    weight_layers,
-    whole_number,
-)
+from course_lib.gate import (  # isort: skip
+    UnsupportedModel, check_model, own_forward, real_tensor, replace_layers, weight_layers, whole_number,
+)  # fmt: skip
 
 __all__ = ["factorize", "rank_for_bytes"]
 
